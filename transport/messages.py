@@ -1,0 +1,298 @@
+"""Every frozen dataclass that crosses a process. Commands are imperative, events are in the past tense.
+
+Times that cross a process are seconds that remain, never clock readings: two hosts share no clock.
+Ids that come in lists travel packed (`units.pack_ids`).
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from dataclasses import dataclass
+from math import prod
+
+from polymux.transport.units import BLOCK_SIZE, ClientId, Epoch, ModelName, PackedIds, SequenceId, TransferId, WorkerId
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Role(enum.StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # an end-of-sequence token, a stop id or a stop string
+    LENGTH = "length"  # max_tokens or the model's context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayout:
+    """The shape of one KV block, `[layer, k|v, kv_head, slot, head_dim]`, contiguous; the same on device, on host and on the wire."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    block_size: int = BLOCK_SIZE
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer of one block, K and V: one contiguous range."""
+        return 2 * prod((self.num_kv_heads, self.block_size, self.head_dim)) * ITEM_BYTES[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.layer_bytes
+
+    @property
+    def layout_hash(self) -> str:
+        """Equal on both sides of a transfer, or the transfer is refused."""
+        text = f"v1 lkhsd {self.num_layers} 2 {self.num_kv_heads} {self.block_size} {self.head_dim} {self.dtype}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What every process needs to know of a registered model."""
+
+    model: ModelName
+    path: str  # of the checkpoint, for tokenizer and chat template
+    digest: str  # of configuration and weights: two images of equal digest are interchangeable
+    config_json: str  # the checkpoint's config.json
+    dtype: str  # of weights and activations
+    kv: KVLayout
+    weight_bytes: int  # of the weight image
+    vocab_size: int
+    max_model_len: int  # tokens, prompt and output together
+    eos_token_ids: tuple[int, ...]
+    ttft_slo_s: float = 10.0
+    tpot_slo_s: float = 0.1
+    created: int = 0  # unix seconds, for /v1/models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to draw tokens. Stop strings are the front door's; everything here is by token id.
+
+    `logprobs` None asks for none, k >= 0 for the drawn token's and the k most likely ones'.
+    `seed` with the token's index in the output keys the generator, so a token does not depend on when or where it is drawn.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """One incarnation of a worker and where it listens."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    address: str  # "tcp://host:port"
+    host_id: str  # equal on two workers of one kernel: they may share memory
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Front door to decode worker: make one sequence. `output_ids` are those already delivered, when this is a replay."""
+
+    sequence_id: SequenceId
+    model: ModelName
+    prompt_ids: PackedIds
+    output_ids: PackedIds
+    sampling: SamplingParams
+    prefill: Peer
+    deadline_s: float
+    ttft_slo_s: float
+    tpot_slo_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Front door to decode worker, decode worker to prefill worker: stop, and free the blocks."""
+
+    sequence_id: SequenceId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Decode worker's promise: these blocks of its pool are this transfer's until it ends. In sequence order."""
+
+    transfer_id: TransferId
+    layout_hash: str
+    block_ids: PackedIds
+    target_epoch: Epoch
+    source_epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """Decode worker to prefill worker: compute the KV of prompt + outputs, push it into the grant, send the next token to the client."""
+
+    sequence_id: SequenceId
+    client_id: ClientId
+    model: ModelName
+    prompt_ids: PackedIds
+    output_ids: PackedIds
+    sampling: SamplingParams
+    grant: Grant
+    deadline_s: float
+    ttft_slo_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """Prefill worker to decode worker, with the commit of the last layer: the token that it sampled, and whether that was the last one."""
+
+    sequence_id: SequenceId
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorReport:
+    """An error of `errors.py` by class name; `error_from_name` rebuilds it."""
+
+    name: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceUpdate:
+    """New tokens of one sequence. `index` is the first one's place in the output: two workers' updates may arrive out of order.
+
+    The last update of a sequence carries a finish reason or an error, never both.
+    """
+
+    sequence_id: SequenceId
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: ErrorReport | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFrame:
+    """What one engine step made for one front-door replica."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    updates: tuple[SequenceUpdate, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCost:
+    """Fitted seconds of one model on one worker: prefill = a + b*tokens + c*tokens^2; decode step = a + b*batch + c*kv tokens."""
+
+    model: ModelName
+    prefill: tuple[float, float, float]
+    decode: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoad:
+    """One model's work on one worker at this moment."""
+
+    model: ModelName
+    is_resident: bool
+    num_waiting: int  # sequences
+    num_running: int
+    waiting_tokens: int  # tokens still to prefill
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """What a worker tells the controller: once a second, and at once when something it was asked for changed."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    active_model: ModelName | None
+    loads: tuple[ModelLoad, ...]
+    costs: tuple[ModelCost, ...]
+    switch_bytes_per_s: float
+    num_free_kv_bytes: int
+    num_blocks_out: int  # held by sequences, grants and quarantine
+    last_step_age_s: float | None  # None: idle, and the last probe passed
+    counters: tuple[tuple[str, float], ...] = ()  # telemetry, by metric name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHello:
+    """A new worker joins the pool."""
+
+    worker_id: WorkerId
+    role: Role
+    address: str
+    host_id: str
+    pid: int
+    arena_bytes: int
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admit:
+    """Front door to controller: may this request run, and where? One answer for all its sequences."""
+
+    request_id: str
+    client_id: ClientId
+    model: ModelName
+    num_prompt_tokens: int
+    max_tokens: int
+    num_sequences: int
+    deadline_s: float
+    ttft_slo_s: float | None = None  # None: the model's
+    tpot_slo_s: float | None = None
+    tenant: str = ""
+    excluded: tuple[WorkerId, ...] = ()  # workers that a replay must avoid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The controller's answer: the two workers of each sequence, in choice order."""
+
+    request_id: str
+    prefill: tuple[Peer, ...]
+    decode: tuple[Peer, ...]
+    ttft_slo_s: float
+    tpot_slo_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """Front door to controller: this request has ended, whatever the way; its place in the books is free."""
+
+    request_id: str
+    outcome: str  # finished | refused | cancelled | failed
+    num_output_tokens: int
+    ttft_s: float | None
+    tpot_s: float | None
