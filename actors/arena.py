@@ -1,0 +1,134 @@
+"""The arena: a worker's device memory, taken once; weights grow from its low end, KV slabs from its high end, and the border moves.
+
+On a CPU worker the "device" is a shared-memory region with a budget, so the same placement, eviction and migration code runs on a laptop.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polymux.transport.errors import ConfigError
+from polymux.transport.region import Region
+from polymux.transport.units import KIB, MIB
+
+WEIGHT_ALIGNMENT = 256  # bytes; what the widest vector loads and the packed layouts want
+MIN_SLAB_BYTES = 64 * KIB
+MAX_SLAB_BYTES = 64 * MIB
+SLABS_PER_ARENA = 128  # a slab serves one block shape at a time: few slabs starve the models that come late
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A byte range of the arena."""
+
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+def default_slab_bytes(arena_bytes: int) -> int:
+    """A power of two near `arena_bytes / SLABS_PER_ARENA`, between `MIN_SLAB_BYTES` and `MAX_SLAB_BYTES`."""
+    target = max(arena_bytes // SLABS_PER_ARENA, 1)
+    return min(max(1 << (target.bit_length() - 1), MIN_SLAB_BYTES), MAX_SLAB_BYTES)
+
+
+class Arena:
+    """Hands out byte ranges of one region. Not thread-safe: the engine thread owns it.
+
+    `weight_reserve_bytes` at the low end are never given to KV, so that a model can always be brought in.
+    """
+
+    def __init__(self, region: Region, *, weight_reserve_bytes: int, slab_bytes: int | None = None) -> None:
+        self.region = region
+        self.nbytes = region.nbytes
+        self.slab_bytes = slab_bytes or default_slab_bytes(region.nbytes)
+        self.num_slabs = region.nbytes // self.slab_bytes
+        if self.num_slabs < 2:
+            raise ConfigError(f"arena={region.nbytes} bytes holds fewer than two slabs of {self.slab_bytes} bytes; raise `arena`")
+        if not 0 <= weight_reserve_bytes < region.nbytes:
+            raise ConfigError(f"weight reserve of {weight_reserve_bytes} bytes leaves no KV in an arena of {region.nbytes}; lower it")
+        self.weight_reserve_bytes = weight_reserve_bytes
+        self.memory: Tensor = torch.frombuffer(region.buffer, dtype=torch.uint8)
+        self._weights: list[Span] = []  # sorted by offset
+        self._slabs: set[int] = set()  # taken
+        self._lowest_kv_slab = -(-weight_reserve_bytes // self.slab_bytes)
+
+    @property
+    def border(self) -> int:
+        """Where KV begins at present: the offset of the lowest slab taken."""
+        return min(self._slabs) * self.slab_bytes if self._slabs else self.nbytes
+
+    @property
+    def weights_end(self) -> int:
+        return self._weights[-1].end if self._weights else 0
+
+    @property
+    def weight_spans(self) -> tuple[Span, ...]:
+        return tuple(self._weights)
+
+    def gaps(self) -> list[Span]:
+        """Free ranges where weights may go, in address order; the last ends at the border."""
+        found, cursor = [], 0
+        for span in [*self._weights, Span(self.border, 0)]:
+            if span.offset > cursor:
+                found.append(Span(cursor, span.offset - cursor))
+            cursor = max(cursor, _aligned(span.end))
+        return found
+
+    def place_weights(self, nbytes: int) -> Span | None:
+        """The first gap that holds `nbytes`, now taken; None when there is none (evict, then ask again)."""
+        for gap in self.gaps():
+            if gap.nbytes >= nbytes:
+                span = Span(gap.offset, nbytes)
+                bisect.insort(self._weights, span, key=lambda s: s.offset)
+                return span
+        return None
+
+    def free_weights(self, span: Span) -> None:
+        self._weights.remove(span)
+
+    def take_slab(self) -> int | None:
+        """The highest free slab clear of the weights and of their reserve; None when there is none."""
+        lowest = max(self._lowest_kv_slab, -(-self.weights_end // self.slab_bytes))
+        for slab in range(self.num_slabs - 1, lowest - 1, -1):
+            if slab not in self._slabs:
+                self._slabs.add(slab)
+                return slab
+        return None
+
+    def return_slab(self, slab: int) -> None:
+        self._slabs.remove(slab)
+
+    @property
+    def num_free_slabs(self) -> int:
+        lowest = max(self._lowest_kv_slab, -(-self.weights_end // self.slab_bytes))
+        return sum(slab not in self._slabs for slab in range(lowest, self.num_slabs))
+
+    @property
+    def max_kv_slabs(self) -> int:
+        """Slabs that KV could hold if every model but the reserve were gone: the bound on what can ever fit."""
+        return self.num_slabs - self._lowest_kv_slab
+
+    def check(self) -> None:
+        """Assert that no two ranges overlap and none leaves the region."""
+        cursor = 0
+        for span in self._weights:
+            assert span.offset >= cursor, f"weights overlap at {span}"
+            cursor = span.end
+        assert cursor <= self.border, f"weights end at {cursor}, past the border at {self.border}"
+        assert all(self._lowest_kv_slab <= slab < self.num_slabs for slab in self._slabs)
+
+    def close(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.region.close()
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
