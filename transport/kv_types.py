@@ -1,0 +1,85 @@
+"""What the two ends of KV migration say to the engine: settings, events, references and counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polymux.transport.errors import ConfigError, PolymuxError
+from polymux.transport.messages import Prefilled
+from polymux.transport.units import GIB, SequenceId, TransferId, WorkerId
+
+BACKENDS = ("local", "shm", "tcp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSettings:
+    """Bounds and deadlines of KV migration, the same on both sides of an edge."""
+
+    backend: str = "auto"  # auto | local | shm | tcp: what to try; auto takes the first of BACKENDS that works
+    max_transfers: int = 256  # outstanding on one edge
+    max_bytes: int = 8 * GIB  # granted and outstanding on one edge
+    silence_s: float = 10.0  # an edge with work on it that hears nothing for so long is dead
+    acknowledge_s: float = 5.0  # for the peer to confirm an aborted transfer; then the edge is dropped
+    handshake_s: float = 5.0
+    checksum_every: int = 64  # every so many moves carry a CRC that is compared after the copy; 1 all, 0 none
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", *BACKENDS):
+            raise ConfigError(f"backend={self.backend!r} is not one of auto, {', '.join(BACKENDS)}")
+        for name in ("max_transfers", "max_bytes", "silence_s", "acknowledge_s", "handshake_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+        if self.checksum_every < 0:
+            raise ConfigError(f"checksum_every={self.checksum_every} must be 0 (never) or a number of moves")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCommitted:
+    """Every layer of every granted block has landed and was checked: attention may read them. They are the sequence's now."""
+
+    transfer_id: TransferId
+    sequence_id: SequenceId
+    prefilled: Prefilled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVFailed:
+    """The transfer ended without a commit. Its blocks are in quarantine: do not read them, do not free them yet."""
+
+    transfer_id: TransferId
+    sequence_id: SequenceId
+    error: PolymuxError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVQuiesced:
+    """After a KVFailed: nobody can write to the granted blocks any more; free them."""
+
+    transfer_id: TransferId
+
+
+KVEvent = KVCommitted | KVFailed | KVQuiesced
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRef:
+    """Names one order on the prefill side. Transfer ids alone are unique only within an edge."""
+
+    edge: int
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeStats:
+    """Counters of one edge since it opened, from the side that reports them."""
+
+    peer: WorkerId
+    backend: str
+    bytes: int  # landed (decode side) or handed to the transport (prefill side)
+    moves: int
+    committed: int
+    failed: tuple[tuple[str, int], ...]  # by error class
+    stale_moves: int  # for transfers that had ended: dropped, never written
+    seconds: float  # from order to commit, summed over the committed
+    num_outstanding: int
+    bytes_outstanding: int

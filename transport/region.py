@@ -1,0 +1,103 @@
+"""A worker's one memory region, and the grid of KV blocks that lies over it.
+
+The region is anonymous shared memory (a memfd), so that a worker on the same host can be handed the descriptor and read the
+blocks in place. Block `i` of a layout is `[i * block_bytes, (i + 1) * block_bytes)`, and one layer of it is one contiguous range in
+there. Every layout has its own grid over the whole region; which of them a byte serves at a moment is the arena's business.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from polymux.transport.errors import ConfigError, GrantViolation
+from polymux.transport.messages import KVLayout
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a peer that maps it can never meet SIGBUS
+
+
+class Region:
+    """`nbytes` of zeroed memory, writable through `buffer`.
+
+    `fd` is the memfd behind it, or None for plain memory, which can be a transfer's end but cannot be handed to another process.
+    """
+
+    def __init__(self, buffer: memoryview, fd: int | None) -> None:
+        self.buffer = buffer
+        self.nbytes = buffer.nbytes
+        self.fd = fd
+
+    @classmethod
+    def create(cls, nbytes: int, *, name: str = "polymux-arena") -> Region:
+        """Shared memory of exactly `nbytes`. Pages are taken when first touched."""
+        if nbytes <= 0:
+            raise ConfigError(f"a region of {nbytes} bytes cannot hold anything; give it at least one KV block")
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(memoryview(mmap.mmap(fd, nbytes)), fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def wrap(cls, buffer: bytearray | memoryview) -> Region:
+        """Plain memory as a region: for tests and for a source whose process is the only reader."""
+        return cls(memoryview(buffer).cast("B"), None)
+
+    def read_only_fd(self) -> int:
+        """A new descriptor through which the memory can be read and not written; the caller closes it."""
+        if self.fd is None:
+            raise ConfigError("this region is plain memory and has no descriptor; make it with Region.create")
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Give the descriptor up. The memory itself goes when the last view of it does. May be called twice."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+        self.buffer = memoryview(b"")
+
+
+def map_read_only(fd: int, nbytes: int) -> memoryview:
+    """Map a peer's region. Raises ConfigError when the descriptor is smaller than it claims or could shrink under us."""
+    size = os.fstat(fd).st_size
+    if size < nbytes or nbytes <= 0:
+        raise ConfigError(f"the peer's region is {size} bytes, not the {nbytes} that it announced")
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise ConfigError("the peer's region is not sealed against shrinking; make it with Region.create")
+    return memoryview(mmap.mmap(fd, nbytes, prot=mmap.PROT_READ))
+
+
+def this_host() -> str:
+    """Equal for two processes under one kernel, which may therefore share memory."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class BlockGrid:
+    """The blocks of one layout over a buffer: `array[block, layer]` is one contiguous row of the widest integers that fit."""
+
+    def __init__(self, buffer: memoryview, layout: KVLayout) -> None:
+        self.layout = layout
+        self.num_blocks = buffer.nbytes // layout.block_bytes
+        self.buffer = buffer[: self.num_blocks * layout.block_bytes]
+        item = next(n for n in (8, 4, 2, 1) if layout.layer_bytes % n == 0)
+        flat: NDArray[Any] = np.frombuffer(self.buffer, dtype=f"u{item}")
+        self.array = flat.reshape(self.num_blocks, layout.num_layers, layout.layer_bytes // item)
+
+    def check(self, block_ids: list[int]) -> None:
+        """Raise GrantViolation unless every id is a block of this grid."""
+        for block_id in block_ids:
+            if not 0 <= block_id < self.num_blocks:
+                raise GrantViolation(f"block {block_id} is outside the {self.num_blocks} blocks of {self.layout.block_bytes} bytes here")
+
+    def view(self, block_id: int, layer_lo: int, layer_hi: int) -> memoryview:
+        """The bytes of layers [layer_lo, layer_hi) of one block."""
+        start = block_id * self.layout.block_bytes
+        return self.buffer[start + layer_lo * self.layout.layer_bytes : start + layer_hi * self.layout.layer_bytes]
