@@ -1,0 +1,141 @@
+"""Token-level sharing of a decode worker: whose turn is next, and for how long.
+
+A policy is asked for the next turn when the present one is over (`is_over`, tested after every step), and never in between.
+Its memory is a value: `start()` makes the first, `next_turn` returns the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from polymux.disagg.views import BatchView, DecodeView
+from polymux.transport.errors import ConfigError
+from polymux.transport.units import ModelName
+
+Memory = TypeVar("Memory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One model's slice of a decode worker.
+
+    `quota_s` counts from the start of the turn's first step: the switch is not charged, every step is. None: as long as it is alone.
+    `prefetch` is the next model whose weights are not resident, worth loading meanwhile.
+    """
+
+    model: ModelName
+    quota_s: float | None
+    prefetch: ModelName | None = None
+
+
+class TurnPolicy(Protocol[Memory]):
+    """Names the next turn. None when no batch can step; else a model of the view."""
+
+    def start(self) -> Memory: ...
+
+    def next_turn(self, view: DecodeView, memory: Memory) -> tuple[Turn | None, Memory]: ...
+
+
+def is_over(turn: Turn, elapsed_s: float, *, can_step: bool, others_can_step: bool) -> bool:
+    """Whether the turn ends at this token boundary. Ask after each step, so a turn has at least one.
+
+    A model that is alone never stops, whatever its quota; one that had no quota stops when company comes.
+    """
+    if not can_step:
+        return True
+    if not others_can_step:
+        return False
+    return turn.quota_s is None or elapsed_s >= turn.quota_s
+
+
+@dataclass(frozen=True, slots=True)
+class WrrMemory:
+    rest: tuple[tuple[ModelName, float], ...] = ()  # of this round, with quotas
+    last: ModelName | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedRoundRobin:
+    """The published rule (Aegaeon, SOSP '25): rounds of turns, each model's quota in proportion to the time that its SLO needs.
+
+    With n_i = TPOT / step time and S = sum 1/n_k over the round: alpha = max(c / (min n * QMAX) + S, 0.5) is the round's length over the
+    time that its tokens may take, and quota_i = c / (n_i * (alpha - S)), so that the round lasts c + sum quota. Rounds are
+    rebuilt only at round start; a model that comes later waits for the next.
+
+    Where it differs from the public artifact, on purpose:
+    - c counts the switches that will happen, not one for each model: resident weights cost nothing. With c = 0 the formula is 0/0 or
+      0; turns are then as short as one step of the loosest model allows, in the same proportions.
+    - The first step of a turn is charged (there, the clock starts after it).
+    - The order is by name, cyclic, going on after the model served last (there, by memory address).
+    - Step times are of the real batch size (there, every caller passes -1).
+    - A model alone has no quota at all.
+    """
+
+    max_quota_s: float = 4.0
+    min_alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.max_quota_s > 0:
+            raise ConfigError(f"max_quota_s={self.max_quota_s} must be above 0; 4.0 is the published value", param="max_quota_s")
+        if not self.min_alpha > 0:
+            raise ConfigError(f"min_alpha={self.min_alpha} must be above 0; 0.5 is the published value", param="min_alpha")
+
+    def start(self) -> WrrMemory:
+        return WrrMemory()
+
+    def next_turn(self, view: DecodeView, memory: WrrMemory) -> tuple[Turn | None, WrrMemory]:
+        """A model with work is passed over for the rest of one round at most, the one in which it came."""
+        batches = {batch.model: batch for batch in view.batches}
+        if len(batches) <= 1:
+            turn = Turn(model=view.batches[0].model, quota_s=None) if batches else None
+            return turn, WrrMemory(last=turn.model if turn else memory.last)
+        rest = tuple(entry for entry in memory.rest if entry[0] in batches)
+        if not rest:
+            quotas = self.quotas(view.batches)
+            rest = tuple((model, quotas[model]) for model in _cycle(batches, after=memory.last, first=view.active))
+        model, quota_s = rest[0]
+        ahead = [entry[0] for entry in rest[1:]] + _cycle(batches, after=rest[-1][0])
+        prefetch = next((other for other in ahead if other != model and batches[other].switch_s > 0), None)
+        return Turn(model=model, quota_s=quota_s, prefetch=prefetch), WrrMemory(rest=rest[1:], last=model)
+
+    def quotas(self, batches: Sequence[BatchView]) -> dict[ModelName, float]:
+        """Seconds for each model of a round, none above `max_quota_s`."""
+        steps = {batch.model: batch.tpot_slo_s / max(batch.step_s, 1e-6) for batch in batches}
+        switch_s = sum(batch.switch_s for batch in batches)
+        if switch_s <= 0:
+            loosest_s = max(batch.tpot_slo_s for batch in batches)
+            return {b.model: min(b.step_s * loosest_s / b.tpot_slo_s, self.max_quota_s) for b in batches}
+        load = sum(1 / n for n in steps.values())
+        alpha = max(switch_s / (min(steps.values()) * self.max_quota_s) + load, self.min_alpha)
+        return {model: switch_s / (n * (alpha - load)) for model, n in steps.items()}
+
+
+def _cycle(models: Mapping[ModelName, object], *, after: ModelName | None, first: ModelName | None = None) -> list[ModelName]:
+    """The models by name, beginning behind `after`; where nobody was served yet, with `first`."""
+    ordered = sorted(models)
+    if after is not None:
+        start = next((i for i, model in enumerate(ordered) if model > after), 0)
+    else:
+        start = ordered.index(first) if first is not None and first in models else 0
+    return ordered[start:] + ordered[:start]
+
+
+POLICIES: dict[str, Callable[..., TurnPolicy[Any]]] = {"wrr": WeightedRoundRobin}
+
+
+def turn_policy(name: str, **settings: float) -> TurnPolicy[Any]:
+    """The policy of that name. Raises ConfigError, naming the ones there are."""
+    if name not in POLICIES:
+        raise ConfigError(f"policies.decode={name!r} is no turn policy; there are: {', '.join(sorted(POLICIES))}", param="policies.decode")
+    return POLICIES[name](**settings)
+
+
+def round_load(batches: Sequence[BatchView], max_quota_s: float = 4.0) -> float:
+    """How much of a round's allowed time it takes at the longest turns; above 1, some SLO of the worker cannot hold."""
+    steps = [batch.tpot_slo_s / max(batch.step_s, 1e-6) for batch in batches]
+    if not steps:
+        return 0.0
+    return math.fsum(1 / n for n in steps) + sum(batch.switch_s for batch in batches) / (min(steps) * max_quota_s)

@@ -1,0 +1,166 @@
+"""What policies see: frozen snapshots of one worker's or the whole pool's state.
+
+Whoever asks a policy builds these and hands them over; a policy never follows a reference back into live state.
+Times ending in `_at_s` are on the asker's own monotonic clock. Mappings in a view are read, never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from polymux.transport.units import ModelName, SequenceId, WorkerId
+
+# ---------------------------------------------------------------- decode worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchView:
+    """One model's sequences on a decode worker that could take a step now."""
+
+    model: ModelName
+    num_seqs: int
+    kv_tokens: int
+    step_s: float  # predicted seconds of one step of this batch
+    tpot_slo_s: float  # the tightest of its sequences
+    switch_s: float  # predicted seconds until its first step could start; 0 when its weights are resident
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeView:
+    """Whose turn could it be? `batches` holds only models with a sequence that can step; the order has no meaning."""
+
+    now_s: float
+    active: ModelName | None  # the model bound to the skeleton
+    batches: tuple[BatchView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningView:
+    """A sequence whose KV is committed on this worker."""
+
+    sequence_id: SequenceId
+    order: int  # its place in the worker's line: smaller is older, unique, kept when preempted
+    context_len: int  # tokens in the cache; the next step writes slot `context_len`
+    num_blocks: int  # blocks it holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingView:
+    """A sequence that waits on a decode worker for blocks to be granted."""
+
+    sequence_id: SequenceId
+    model: ModelName
+    order: int
+    num_blocks: int  # to grant now: prompt, outputs so far and the next token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HolderView:
+    """A sequence of any model that holds KV bytes which another model may need."""
+
+    sequence_id: SequenceId
+    model: ModelName
+    order: int
+    kv_bytes: int
+
+
+# ---------------------------------------------------------------- prefill worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptView:
+    """A prompt that waits or is under way on a prefill worker."""
+
+    sequence_id: SequenceId
+    model: ModelName
+    order: int
+    num_tokens: int  # prompt and, for a replay, outputs
+    num_done: int  # of them, already in the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillView:
+    now_s: float
+    active: ModelName | None
+    prompts: tuple[PromptView, ...]  # any order
+    max_num_batched_tokens: int  # token budget of one step
+
+
+# ---------------------------------------------------------------- arena
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentView:
+    """One model's weights in an arena."""
+
+    model: ModelName
+    offset: int
+    nbytes: int
+    reload_s: float  # predicted seconds to bring it back
+    reuse_chance: float  # in [0, 1], `eviction.Popularity.chance`
+    has_work: bool  # sequences of it wait or run here
+    is_locked: bool  # active, loading or pinned: never leaves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaView:
+    """The part of an arena that weights may use: bytes [start, end), `end` being where KV slabs begin."""
+
+    start: int
+    end: int
+    residents: tuple[ResidentView, ...]  # any order, disjoint, inside [start, end)
+
+
+# ---------------------------------------------------------------- the pool, as the controller sees it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskView:
+    """One sequence to be placed."""
+
+    model: ModelName
+    num_prompt_tokens: int
+    num_output_tokens: int  # expected, at most max_tokens
+    tpot_slo_s: float
+    kv_bytes: int  # of prompt and expected output
+    weight_bytes: int
+    excluded: frozenset[WorkerId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillWorkerView:
+    """A prefill worker: what it has promised, and what a prompt of each model costs on it."""
+
+    worker_id: WorkerId
+    busy_until_s: float  # when it would have finished all that it was given; may be past
+    waiting: Mapping[ModelName, int]  # sequences, models with none left out
+    resident: frozenset[ModelName]
+    costs: Mapping[ModelName, tuple[float, float, float]]  # seconds: 1, tokens, tokens^2
+    switch_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeModelView:
+    """One model's share of a decode worker. `step` is seconds: 1, batch, kv tokens."""
+
+    num_seqs: int  # running and waiting
+    kv_tokens: int
+    tpot_slo_s: float
+    step: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeWorkerView:
+    """A decode worker. `utilisation` is the sum over its models with work of step time / TPOT; `switch_s` of a round's real switches."""
+
+    worker_id: WorkerId
+    models: Mapping[ModelName, DecodeModelView]  # every model whose cost is known; num_seqs may be 0
+    resident: frozenset[ModelName]
+    utilisation: float
+    round_switch_s: float
+    min_steps: float  # the smallest TPOT / step time among its models with work; infinity when idle
+    num_seqs: int
+    free_kv_bytes: int
+    max_num_seqs: int  # of one model's batch
+    switch_bytes_per_s: float
