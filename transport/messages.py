@@ -260,6 +260,25 @@ class WorkerHello:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """Controller's answer to a hello. The epoch is this incarnation's; reports must come more often than the lease lasts."""
+
+    epoch: Epoch
+    lease_s: float
+    report_interval_s: float
+    catalogue: int
+    models: tuple[ModelSpec, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reported:
+    """Controller's answer to a report. A worker whose `catalogue` is older asks for the models again."""
+
+    lease_s: float
+    catalogue: int  # rises with every change of the registry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admit:
     """Front door to controller: may this request run, and where? One answer for all its sequences."""
 
