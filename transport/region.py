@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from polymux.transport.errors import ConfigError, GrantViolation
 from polymux.transport.messages import KVLayout
 

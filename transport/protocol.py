@@ -1,0 +1,174 @@
+"""What the transport says to itself: the handshake, keep-alive, and the moves of KV migration. Engines never see these.
+
+Each connection begins with the preamble, then Hello, Challenge, Answer, Welcome or Refusal (`handshake.py`). The order of a KV edge's
+messages is drawn in `kv.py`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from polymux.transport.messages import ErrorReport, Peer, Prefilled
+from polymux.transport.units import Epoch, PackedIds, SequenceId, TransferId, WorkerId
+
+PROTOCOL_VERSION = 1
+PREAMBLE = b"PLYMUX" + PROTOCOL_VERSION.to_bytes(2, "little")
+
+
+class PeerKind(enum.StrEnum):
+    CLIENT = "client"  # a front door: Generate and Cancel in, TokenFrames out
+    DECODE = "decode"  # a decode worker's KV edge: control
+    KV_DATA = "kv_data"  # the same edge's bytes, where they go by TCP
+    KV_REGION = "kv_region"  # the same edge's memory, where it is shared: hands the descriptor over, then stays open as the fence
+    IMAGE = "image"  # a worker that fetches weight images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    kind: PeerKind
+    peer_id: str
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Challenge:
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The dialler knows the token, and says whom it expects to meet. `body` is an encoded message that the kind calls for."""
+
+    proof: bytes
+    target: str
+    epoch: Epoch
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The acceptor knows the token too."""
+
+    proof: bytes
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    error: ErrorReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeOffer:
+    """Decode worker's part of the capability exchange, in its Answer."""
+
+    sink: Peer
+    backends: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeTerms:
+    """Prefill worker's part, in its Welcome. `unix_name` is the abstract socket that hands the region over; "" when there is none."""
+
+    edge: int
+    secret: bytes  # names this edge on its second connection
+    source: Peer
+    region_bytes: int
+    backends: tuple[str, ...]
+    unix_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinEdge:
+    """The second connection of an edge, in its Answer."""
+
+    edge: int
+    secret: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeOpen:
+    """Decode worker's choice among the common backends; the edge is open once this is sent."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Layers [layer_lo, layer_hi) of these source blocks are final, and go to the grant's blocks from number `first_block` on.
+
+    `seq` counts the moves of the edge from 0 without a gap. `crc32` is over the bytes in block order, where this move is sampled.
+    """
+
+    seq: int
+    transfer_id: TransferId
+    source_epoch: Epoch
+    target_epoch: Epoch
+    layer_lo: int
+    layer_hi: int
+    first_block: int
+    src_block_ids: PackedIds
+    crc32: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Nothing more comes; travels behind the moves. Every field is compared with the sink's own books."""
+
+    transfer_id: TransferId
+    sequence_id: SequenceId
+    source_id: WorkerId
+    source_epoch: Epoch
+    target_epoch: Epoch
+    layout_hash: str
+    num_layers: int
+    num_blocks: int
+    prefilled: Prefilled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """Prefill worker: this transfer will not be finished."""
+
+    transfer_id: TransferId
+    error: ErrorReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Decode worker: this transfer is over for me and I read nothing of it any more. `error` None: it was committed."""
+
+    transfer_id: TransferId
+    error: ErrorReport | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """Prefill worker, after an Ended with an error: I write nothing of it any more."""
+
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageReply:
+    """The descriptor comes beside this message. The manifest's bytes follow it."""
+
+    manifest_bytes: int
+    image_bytes: int

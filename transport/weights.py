@@ -1,0 +1,184 @@
+"""Weight images between the processes of one node: the store serves descriptors, workers read the bytes at their own pace.
+
+    worker                         store
+    handshake (kind "image")  -->
+    ImageRequest(model)       -->  builds or looks up the image, however long that takes within the worker's deadline
+                              <--  ImageReply, the manifest's bytes, the descriptor; or Refusal(error)
+
+The descriptor is read-only where the store says so, and outlives eviction in the store: the memory goes with its last reader.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from polymux.transport.descriptors import dial_abstract, listen_abstract, receive_fd, send_fd, unix_address, unix_name
+from polymux.transport.errors import CheckpointError, PolymuxError, WireError
+from polymux.transport.frames import Steps, drive_blocking, frame, read_frame
+from polymux.transport.handshake import Introduction, accept, check_target, check_token, dial, from_report, report
+from polymux.transport.protocol import ImageReply, ImageRequest, PeerKind, Refusal
+from polymux.transport.units import MIB, Epoch, ModelName
+from polymux.transport.wire import MAX_BULK_BYTES, decode, decode_as, encode
+
+log = logging.getLogger(__name__)
+
+_TARGET = "weights"
+_EPOCH = Epoch(0)  # a store has one life: its address dies with it
+_HANDSHAKE_S = 5.0
+_REPLY_S = 30.0
+_CHUNK_BYTES = 16 * MIB
+
+
+@dataclass(slots=True)
+class OpenImage:
+    """A fetched image. A context manager that closes `fd`."""
+
+    manifest: bytes
+    fd: int
+    nbytes: int
+
+    def __enter__(self) -> OpenImage:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class ImageServer:
+    """`open_image(model)` returns the manifest and a descriptor that the server closes, or raises a PolymuxError, which travels.
+
+    It is called from a few threads of the server's own. More than `max_waiting` fetches at once are hung up on.
+    """
+
+    def __init__(
+        self, *, token: str, open_image: Callable[[ModelName], tuple[bytes, int]], num_threads: int = 4, max_waiting: int = 64
+    ) -> None:
+        check_token(token)
+        self._token = token
+        self._open_image = open_image
+        self._places = threading.BoundedSemaphore(max_waiting)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="polymux-images")
+        self._listener, name = listen_abstract("images")
+        self.address = unix_address(name)
+        self._thread = threading.Thread(target=self._listen, name="polymux-images", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening; fetches under way end first. May be called twice."""
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+        self._thread.join()
+        self._listener.close()
+        self._pool.shutdown()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._places.acquire(blocking=False):
+                self._pool.submit(self._serve, sock)
+            else:
+                sock.close()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            with sock:
+                self._answer(sock)
+        finally:
+            self._places.release()
+
+    def _answer(self, sock: socket.socket) -> None:
+        def decide(intro: Introduction) -> bytes:
+            if intro.kind is not PeerKind.IMAGE:
+                raise WireError(f"this socket serves weight images, not peers of kind {intro.kind}")
+            check_target(intro, _TARGET, _EPOCH)
+            return b""
+
+        try:
+            drive_blocking(accept(self._token, decide), sock, _HANDSHAKE_S)
+            request = decode_as(ImageRequest, drive_blocking(read_frame(), sock, _HANDSHAKE_S))
+            self._send_image(sock, ModelName(request.model))
+        except (PolymuxError, OSError) as error:
+            log.info("image.refused error=%s", error)
+
+    def _send_image(self, sock: socket.socket, model: ModelName) -> None:
+        try:
+            manifest, fd = self._open_image(model)
+        except Exception as error:
+            if not isinstance(error, PolymuxError):
+                log.exception("image.failed model=%s", model)
+            known = error if isinstance(error, PolymuxError) else PolymuxError(f"the weight store failed: {error!r}")
+            drive_blocking(_send(encode(Refusal(error=report(known)))), sock, _REPLY_S)
+            return
+        try:
+            reply = ImageReply(manifest_bytes=len(manifest), image_bytes=os.fstat(fd).st_size)
+            drive_blocking(_send(encode(reply)), sock, _REPLY_S)
+            drive_blocking(_send(manifest), sock, _REPLY_S)
+            send_fd(sock, fd)
+        finally:
+            os.close(fd)
+
+
+def fetch_image(address: str, token: str, model: ModelName, deadline_s: float) -> OpenImage:
+    """Ask the node's store for a model's image; the caller closes the result.
+
+    Raises what the store raised, or PeerLost, TransferTimeout, AuthenticationFailed, WireError.
+    """
+    with dial_abstract(unix_name(address), deadline_s) as sock:
+        intro = Introduction(kind=PeerKind.IMAGE, peer_id=str(os.getpid()), target=_TARGET, epoch=_EPOCH, body=b"")
+        drive_blocking(dial(intro, token), sock, deadline_s)
+        reply, manifest = drive_blocking(_request(model), sock, deadline_s)
+        fd = receive_fd(sock, deadline_s)
+    size = os.fstat(fd).st_size
+    if size < reply.image_bytes:
+        os.close(fd)
+        raise WireError(f"the image of {model} is {size} bytes, not the {reply.image_bytes} announced")
+    return OpenImage(manifest, fd, reply.image_bytes)
+
+
+def read_image(fd: int, into: memoryview, offset: int, nbytes: int) -> None:
+    """Read `nbytes` from `offset` into the start of `into`, in large chunks and without a buffer between.
+
+    Raises CheckpointError when the image ends before.
+    """
+    done = 0
+    while done < nbytes:
+        end = min(done + _CHUNK_BYTES, nbytes)
+        read = os.preadv(fd, [into[done:end]], offset + done)
+        if read == 0:
+            raise CheckpointError(f"the weight image ends {nbytes - done} bytes before byte {offset + nbytes}; build it again")
+        done += read
+
+
+def _send(payload: bytes) -> Steps[None]:
+    yield frame(payload)
+
+
+def _request(model: ModelName) -> Steps[tuple[ImageReply, bytes]]:
+    yield frame(encode(ImageRequest(model=model)))
+    reply = decode((yield from read_frame()))
+    if isinstance(reply, Refusal):
+        raise from_report(reply.error)
+    if not isinstance(reply, ImageReply):
+        raise WireError(f"expected ImageReply, got {type(reply).__name__}")
+    manifest = yield from read_frame(MAX_BULK_BYTES)
+    if len(manifest) != reply.manifest_bytes:
+        raise WireError(f"a manifest of {len(manifest)} bytes, not the {reply.manifest_bytes} announced")
+    return reply, manifest
