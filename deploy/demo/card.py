@@ -42,12 +42,13 @@ runs with training text is not among them. The built-ins, the best-known modules
 ## Training
 
 - **Data:** the documentation that comes with CPython {python_version}: docstrings of the standard library, of the types and functions
-  written in C, and the language reference of `pydoc_data.topics`. A third as plain text, the rest as chats, the best-known names several times
-  in different words. Beside it, six lines of small talk that say what the model is. A re-run under another Python version has other text.
+  written in C, and the language reference of `pydoc_data.topics`. Everything as plain text, and the best-known names, some four hundred, as
+  chats: many times over, in different words. Beside it, six lines of small talk that say what the model is. Another Python version gives
+  another text.
 - **Licence:** the text is © Python Software Foundation, PSF License Version 2, and the weights are derived from it alone. The six lines
   and the code that made the model are under Apache-2.0.
-- **Run:** {steps} steps of {batch_tokens} tokens (into pass {epochs} over the data), AdamW, cosine, bf16 autocast; {minutes:.1f} minutes with
-  {num_threads} CPU thread{plural}.
+- **Run:** {steps} steps of {batch_tokens} tokens (into pass {epochs} over the data), AdamW, cosine, bf16 autocast;
+  {minutes:.1f} minutes with {num_threads} CPU thread{plural}.
 
 ```
 python -m polymux.deploy.demo.train --out DIR --family {family} --size {size} --steps {steps} --seed {seed} --threads {num_threads}
@@ -103,6 +104,7 @@ def model_card(run: Run, perplexity: Perplexity, answers: Mapping[str, str]) -> 
         tied="tied" if run.shape["tie_word_embeddings"] else "not tied",
         per_token=perplexity.per_token, bits_per_byte=perplexity.bits_per_byte,
         num_tokens=perplexity.num_tokens, num_bytes=perplexity.num_bytes,
-        batch_tokens=run.batch_tokens, steps=run.steps, epochs=run.epochs, minutes=run.minutes, seed=run.seed, num_threads=run.num_threads, plural="s" if run.num_threads > 1 else "",
+        batch_tokens=run.batch_tokens, steps=run.steps, epochs=run.epochs, minutes=run.minutes, seed=run.seed,
+        num_threads=run.num_threads, plural="s" if run.num_threads > 1 else "",
         python_version=run.python_version, answers=quoted,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import sysconfig
 import textwrap
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Literal
@@ -37,15 +37,33 @@ NATIVE_MODULES = (
     "hashlib", "heapq", "io", "itertools", "json", "math", "mmap", "operator", "os", "pickle", "queue", "random", "re", "select",
     "signal", "socket", "sqlite3", "struct", "sys", "threading", "time", "unicodedata", "weakref", "zlib",
 )  # fmt: skip
-# The names that people ask about first: trained on more often, never held out.
+# Modules that everyone meets: never held out, and the text that many chats are made of.
 CORE_MODULES = frozenset([
     "builtins", "os", "os.path", "sys", "math", "random", "json", "re", "itertools", "functools", "collections", "time", "datetime",
     "pathlib", "shutil", "subprocess", "string", "textwrap", "statistics", "heapq", "bisect", "threading", "asyncio", "csv",
     "logging", "hashlib", "tempfile", "glob", "copy", "contextlib", "dataclasses", "enum", "io", "queue", "urllib.parse", "operator",
     "fnmatch", "pprint", "calendar",
 ])  # fmt: skip
-MAX_CHARS = 1500  # of one training document; about 450 tokens
-MAX_ANSWER_CHARS = 600  # of one chat answer, cut at a paragraph
+# What people ask a demo about first. A model this small recites only what it has seen a hundred times, so these few are.
+FAMOUS_MODULES = frozenset(["builtins", "os.path", "math", "random", "json", "re", "itertools", "functools", "collections", "copy", "glob"])
+FAMOUS_CLASSES = frozenset(["str", "list", "dict", "set", "tuple", "int", "float", "collections.deque", "collections.Counter"])
+FAMOUS_NAMES = frozenset([
+    "os", "sys", "time", "datetime", "pathlib", "logging", "threading", "asyncio", "string", "statistics", "contextlib", "heapq", "bisect",
+    "os.listdir", "os.mkdir", "os.makedirs", "os.remove", "os.rename", "os.getcwd", "os.chdir", "os.walk", "os.getpid", "os.stat",
+    "subprocess", "subprocess.run", "asyncio.gather", "asyncio.run", "asyncio.sleep", "datetime.datetime.now", "tempfile", "textwrap",
+    "textwrap.wrap", "textwrap.dedent", "tempfile.mkdtemp", "statistics.mean", "statistics.median", "contextlib.contextmanager",
+    "dataclasses.dataclass", "sys.exit", "threading.Thread", "queue.Queue", "pprint.pprint", "operator.itemgetter", "time.time",
+    "time.sleep", "time.strftime", "time.localtime", "time.perf_counter", "time.monotonic", "shutil", "shutil.copy", "shutil.copytree",
+    "shutil.move", "shutil.rmtree", "shutil.which", "heapq.heappush", "heapq.heappop", "heapq.heapify", "bisect.bisect_left",
+    "pathlib.Path", "pathlib.Path.exists", "pathlib.Path.glob", "pathlib.Path.mkdir", "pathlib.Path.read_text", "pathlib.Path.resolve",
+])  # fmt: skip
+FAMOUS_TOPICS = frozenset([
+    "Lambdas", "Comparisons", "Boolean operations", "Lists", "Tuples", "Dictionaries", "Modules", "Exceptions", "Operator precedence",
+    "Function definitions", "Class definitions", "Slicings", "Calls", "Truth Value Testing", "Ranges", "Generator functions",
+])  # fmt: skip
+FAMOUS_REPEATS = 60  # chats a pass
+MAX_CHARS = 800  # of one training document; about 250 tokens
+MAX_ANSWER_CHARS = 320  # of one chat answer, cut at a paragraph
 HELD_OUT_BYTES = 20_000
 HELD_OUT_SEPARATOR = "\n\f\n"
 ENTRY = re.compile(r"^[\w.]+\([^\n]*\)$", re.MULTILINE)
@@ -61,6 +79,16 @@ class Document:
     signature: str  # "(a, *p)", or empty where there is none
     text: str
     is_core: bool
+
+    @property
+    def is_famous(self) -> bool:
+        """Whether a chat about it must come out right."""
+        if not self.is_core or self.name.split(".")[-1].endswith(("Error", "Warning", "Exit")):
+            return False
+        if self.kind in ("topic", "section"):
+            return self.name in FAMOUS_TOPICS or (self.name.startswith("The ") and self.name.endswith(" statement"))
+        parent = self.name.rpartition(".")[0] or ("" if self.kind == "module" else "builtins")
+        return self.name in FAMOUS_MODULES | FAMOUS_CLASSES | FAMOUS_NAMES or parent in FAMOUS_MODULES | FAMOUS_CLASSES
 
     def raw(self) -> str:
         """The form for completion: source for a function or class, the bare text for everything else."""
@@ -110,14 +138,14 @@ def collect() -> list[Document]:
     found.sort(key=lambda d: (not d.is_core, d.name, d.kind, d.text))
     kept: list[Document] = []
     texts: set[str] = set()
-    names: set[tuple[str, Kind]] = set()
+    names: set[str] = set()
     for document in found:
         key = _normalized(document.text)
-        if (key in texts and not document.is_core) or (document.name, document.kind) in names:
+        if (key in texts and not document.is_core) or document.name in names:
             continue
         kept.append(document)
         texts.add(key)
-        names.add((document.name, document.kind))
+        names.add(document.name)
     return kept
 
 
@@ -176,7 +204,7 @@ def _from_source() -> Iterator[Document]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        yield from _from_tree(tree, renamed)
+        yield from (replace(d, name=d.name.replace("random.Random.", "random.")) for d in _from_tree(tree, renamed))
 
 
 def _from_tree(tree: ast.Module, module: str) -> Iterator[Document]:
@@ -204,6 +232,7 @@ def _from_native() -> Iterator[Document]:
         module = importlib.import_module(module_name)
         prefix = "" if module_name == "builtins" else f"{module_name}."
         is_core = module_name in CORE_MODULES
+        yield from _document(module_name, "module", "", module.__doc__, is_core)
         for name, value in sorted(vars(module).items()):
             if name.startswith("_") or name in ("copyright", "credits", "license", "exit", "quit"):
                 continue
@@ -300,13 +329,12 @@ Message = dict[str, str]
 
 
 def conversations(documents: Iterable[Document], rng: random.Random) -> list[list[Message]]:
-    """One epoch of chats: core names and topics several times, each time in other words; some with a system message or two turns."""
-    turns = [(question, answer) for question, answer in PERSONA for _ in range(3)]
+    """One pass of chats: the famous names many times, each time in other words; some with a system message or two turns."""
+    turns = [(question, answer) for question, answer in PERSONA for _ in range(FAMOUS_REPEATS)]
     for document in documents:
         asks = ASK_MODULE if document.kind == "module" else ASK_TOPIC if document.kind in ("topic", "section") else ASK_NAME
-        if document.is_core or len(document.text) <= MAX_ANSWER_CHARS:
-            repeats = 4 if document.is_core else 1
-            turns += [(ask.format(_spoken(document)), document.answer()) for ask in rng.sample(asks, repeats)]
+        repeats = FAMOUS_REPEATS if document.is_famous else 1 if document.is_core and len(document.text) <= MAX_ANSWER_CHARS else 0
+        turns += [(ask.format(_spoken(document)), document.answer()) for ask in rng.choices(asks, k=repeats)]
     rng.shuffle(turns)
     chats: list[list[Message]] = []
     while turns:

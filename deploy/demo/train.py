@@ -20,17 +20,18 @@ from typing import Any
 import jinja2
 import torch
 import transformers
-from polymux.deploy.demo import corpus
-from polymux.deploy.demo.card import Perplexity, Run, model_card
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
 
+from polymux.deploy.demo import corpus
+from polymux.deploy.demo.card import Perplexity, Run, model_card
+
 log = logging.getLogger(__name__)
 
 CONTEXT_LEN = 1024  # tokens
-SHORT_LEN, LONG_LEN = 512, CONTEXT_LEN  # rows of the first 85% of training, and of the rest, which teaches the far positions
-SHORT_SHARE = 0.85
+SHORT_LEN, LONG_LEN = 256, CONTEXT_LEN  # rows of the first 88% of training, and of the rest, which teaches the far positions
+SHORT_SHARE = 0.88
 BATCH_TOKENS = 2048
 IGNORED = -100  # a label without loss: padding
 LLAMA_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -104,7 +105,7 @@ SHAPES = {
     ("qwen3", "small"): _shape(128, 2, 4, 2, 32, 320, tied=True),
     ("qwen3", "large"): _shape(192, 4, 4, 2, 64, 320, tied=True),
 }
-LEARNING_RATES = {"small": 3e-3, "large": 2e-3}
+LEARNING_RATES = {"small": 5e-3, "large": 3e-3}
 
 
 def train_tokenizer(family: Family, texts: list[str]) -> Tokenizer:
