@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polymux.transport.errors import ConfigError
+from polymux.transport.errors import ConfigError, OutOfMemory
 from polymux.transport.region import Region
 from polymux.transport.units import KIB, MIB
 
@@ -82,14 +82,13 @@ class Arena:
             cursor = max(cursor, _aligned(span.end))
         return found
 
-    def place_weights(self, nbytes: int) -> Span | None:
-        """The first gap that holds `nbytes`, now taken; None when there is none (evict, then ask again)."""
-        for gap in self.gaps():
-            if gap.nbytes >= nbytes:
-                span = Span(gap.offset, nbytes)
-                bisect.insort(self._weights, span, key=lambda s: s.offset)
-                return span
-        return None
+    def place_weights(self, nbytes: int, offset: int) -> Span:
+        """Take `[offset, offset + nbytes)`, which `disagg.eviction` found free. Raises OutOfMemory when it is not."""
+        span = Span(offset, nbytes)
+        if offset % WEIGHT_ALIGNMENT or not any(gap.offset <= offset and span.end <= gap.end for gap in self.gaps()):
+            raise OutOfMemory(f"bytes {offset}..{span.end} of the arena are not free for weights")
+        bisect.insort(self._weights, span, key=lambda s: s.offset)
+        return span
 
     def free_weights(self, span: Span) -> None:
         self._weights.remove(span)

@@ -7,6 +7,7 @@ layout; a slab brings those ids that lie wholly inside it. Ids are never shared 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 
 import torch
@@ -49,8 +50,9 @@ class BlockPool:
 
     @property
     def blocks_per_slab(self) -> int:
-        """At least this many, whatever the slab's alignment to the grid."""
-        return self._arena.slab_bytes // self.layout.block_bytes - 1 or 1
+        """At least this many: a slab begins at a multiple of the gcd, so its first whole block is at most `block - gcd` bytes in."""
+        slab, block = self._arena.slab_bytes, self.layout.block_bytes
+        return (slab - block + math.gcd(slab, block)) // block
 
     @property
     def num_free(self) -> int:
@@ -132,7 +134,9 @@ class BlockManager:
 
     @property
     def num_free_bytes(self) -> int:
-        held = sum((pool.num_free - self._arena.num_free_slabs * pool.blocks_per_slab) * layout.block_bytes for layout, pool in self._pools.items())
+        held = sum(
+            (pool.num_free - self._arena.num_free_slabs * pool.blocks_per_slab) * layout.block_bytes for layout, pool in self._pools.items()
+        )
         return held + self._arena.num_free_slabs * self._arena.slab_bytes
 
     def check(self) -> None:

@@ -1,0 +1,276 @@
+"""The decode role: it owns each sequence from Generate to its last token, grants the blocks, and steps one model's batch at a time.
+
+Everything that ends a sequence goes through `_drop`: finished, cancelled, expired, failed, its client gone. Blocks of a transfer that
+failed stay in quarantine until the transport says that nobody writes to them any more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from polymux.actors.engine import Engine
+from polymux.actors.grants import Grants
+from polymux.actors.meter import Meter
+from polymux.actors.model_runner import ForwardBatch, SequenceSlice
+from polymux.actors.outbox import Outbox
+from polymux.actors.sampler import sample
+from polymux.actors.sequence import Phase, Sequence
+from polymux.actors.updates import failure, token_update
+from polymux.disagg.batching import choose_victims, form_batch, next_grant
+from polymux.disagg.multiplex import Turn, TurnPolicy, is_over
+from polymux.disagg.views import BatchView, DecodeView, HolderView, RunningView, WaitingView
+from polymux.transport.errors import DeadlineExceeded, PolymuxError
+from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
+from polymux.transport.messages import Generate, ModelLoad
+from polymux.transport.units import ClientId, ModelName, SequenceId
+
+
+class DecodeRole:
+    """Driven by the engine thread: `accept`, `cancel`, `client_lost`, `kv_event` for what came in, then `step` while it returns True."""
+
+    def __init__(self, engine: Engine, grants: Grants, policy: TurnPolicy[Any], meter: Meter, outbox: Outbox) -> None:
+        self._engine = engine
+        self._policy = policy
+        self._memory = policy.start()
+        self._meter = meter
+        self._outbox = outbox
+        self._grants = grants
+        self._sequences: dict[SequenceId, Sequence] = {}
+        self._turn: Turn | None = None
+        self._turn_began_s = 0.0
+        self._num_accepted = 0
+
+    @property
+    def num_open(self) -> int:
+        return len(self._sequences)
+
+    # -- what came in -------------------------------------------------------------------------------------------------
+
+    def accept(self, command: Generate, client_id: ClientId) -> None:
+        """Take a sequence in, to wait for its blocks. What cannot be served is answered at once."""
+        try:
+            if command.sequence_id in self._sequences:
+                raise PolymuxError(f"sequence {command.sequence_id} is already being decoded here")
+            spec = self._engine.spec(command.model)
+            self._num_accepted += 1
+            sequence = Sequence.from_command(command, client_id, spec, self._num_accepted, self._engine.clock())
+        except PolymuxError as error:
+            self._outbox.add(client_id, failure(command.sequence_id, len(command.output_ids) // 4, error))
+            return
+        self._sequences[command.sequence_id] = sequence
+
+    def cancel(self, sequence_id: SequenceId, reason: str) -> None:
+        """The client wants no more of it, and no answer. Unknown sequences are ignored: they have ended already."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self._drop(sequence, reason)
+
+    def client_lost(self, client_id: ClientId) -> None:
+        for sequence in [s for s in self._sequences.values() if s.client_id == client_id]:
+            self._drop(sequence, "the front door's connection was lost")
+
+    def kv_event(self, event: KVEvent) -> None:
+        """A transfer was committed, failed, or came to rest."""
+        sequence = self._grants.settle(event)
+        if sequence is None:
+            return
+        if self._sequences.get(sequence.command.sequence_id) is not sequence:  # dropped while its KV was on its way
+            self._engine.pool(sequence.spec.model).free(sequence.block_ids)
+            sequence.block_ids = []
+        elif isinstance(event, KVCommitted):
+            sequence.append(event.prefilled.token_id, self._engine.clock())
+            sequence.phase = Phase.RUNNING
+            if event.prefilled.finish_reason is not None:
+                self._drop(sequence, "finished")
+        elif isinstance(event, KVFailed):
+            self._fail(sequence, event.error)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Grant what can be granted, then run one step of the model whose turn it is; False when no sequence could step."""
+        self._expire()
+        self._grant()
+        for _ in range(len(self._sequences) + 1):
+            turn = self._current_turn()
+            if turn is None:
+                return False
+            batch = self._form(turn.model)
+            if batch:
+                self._run(turn, batch)
+                return True
+            self._turn = None  # the oldest lacks a block that nobody younger could give: another model's turn
+        return False
+
+    def _current_turn(self) -> Turn | None:
+        """The turn that goes on, or the policy's next one."""
+        views = self._batch_views()
+        if self._turn is not None:
+            models = {view.model for view in views}
+            can_step = self._turn.model in models
+            elapsed_s = self._engine.clock() - self._turn_began_s
+            if not is_over(self._turn, elapsed_s, can_step=can_step, others_can_step=len(models) > can_step):
+                return self._turn
+        view = DecodeView(now_s=self._engine.clock(), active=self._engine.residency.active, batches=views)
+        self._turn, self._memory = self._policy.next_turn(view, self._memory)
+        self._turn_began_s = self._engine.clock()
+        return self._turn
+
+    def _batch_views(self) -> tuple[BatchView, ...]:
+        running: dict[ModelName, list[Sequence]] = {}
+        for sequence in self._sequences.values():
+            if sequence.phase is Phase.RUNNING:
+                running.setdefault(sequence.spec.model, []).append(sequence)
+        return tuple(self._batch_view(model, sequences) for model, sequences in running.items())
+
+    def _batch_view(self, model: ModelName, sequences: list[Sequence]) -> BatchView:
+        kv_tokens = sum(s.num_cached for s in sequences)
+        is_resident = model in self._engine.residency.residents
+        return BatchView(
+            model=model,
+            num_seqs=len(sequences),
+            kv_tokens=kv_tokens,
+            step_s=self._meter.predict_decode_s(model, min(len(sequences), self._engine.settings.max_num_seqs), kv_tokens),
+            tpot_slo_s=min(s.command.tpot_slo_s for s in sequences),
+            switch_s=0.0 if is_resident else self._meter.predict_switch_s(self._engine.spec(model).weight_bytes),
+        )
+
+    def _form(self, model: ModelName) -> list[Sequence]:
+        """The sequences that step now, each with room for its token; the youngest are preempted when blocks run out."""
+        pool = self._engine.pool(model)
+        running = [s for s in self._sequences.values() if s.phase is Phase.RUNNING and s.spec.model == model]
+        views = [
+            RunningView(sequence_id=s.command.sequence_id, order=s.order, context_len=s.num_cached, num_blocks=len(s.block_ids))
+            for s in running
+        ]
+        batch = form_batch(views, max_num_seqs=self._engine.settings.max_num_seqs, num_free_blocks=pool.num_free)
+        if batch.num_short_blocks and self._make_room(model, batch.num_short_blocks, min(s.order for s in running)):
+            batch = form_batch(views, max_num_seqs=self._engine.settings.max_num_seqs, num_free_blocks=pool.num_free)
+        for sequence_id in batch.preempt:
+            self._preempt(self._sequences[sequence_id])
+        step = [self._sequences[sequence_id] for sequence_id in batch.step]
+        for sequence in step:
+            if wanted := sequence.num_blocks_wanted:
+                sequence.block_ids += pool.allocate(wanted)
+        return step
+
+    def _make_room(self, model: ModelName, num_blocks: int, order: int) -> bool:
+        """Preempt younger sequences of other models until this model's oldest has its block."""
+        holders = [
+            HolderView(
+                sequence_id=s.command.sequence_id, model=s.spec.model, order=s.order, kv_bytes=len(s.block_ids) * s.spec.kv.block_bytes
+            )
+            for s in self._sequences.values()
+            if s.phase is Phase.RUNNING and s.spec.model != model
+        ]
+        needed_bytes = num_blocks * self._engine.spec(model).kv.block_bytes
+        victims = choose_victims(holders, needed_bytes=needed_bytes, order=order)
+        for sequence_id in victims:
+            self._preempt(self._sequences[sequence_id])
+        return bool(victims) and self._engine.pool(model).num_free >= num_blocks
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give its blocks back; it waits for new ones and is prefilled again, prompt and outputs."""
+        self._engine.pool(sequence.spec.model).free(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.phase = Phase.WAITING
+        sequence.num_preemptions += 1
+        self._meter.preempted()
+
+    def _run(self, turn: Turn, batch: list[Sequence]) -> None:
+        try:
+            switch = self._engine.activate(turn.model, wanted={s.spec.model for s in self._sequences.values()})
+        except PolymuxError as error:
+            self._turn = None
+            for sequence in batch:
+                self._fail(sequence, error)
+            return
+        if switch is not None:
+            self._meter.switched(switch)
+            self._turn_began_s = self._engine.clock()  # the switch is not charged to the turn
+        started_s = self._engine.clock()
+        slices = tuple(
+            SequenceSlice(start=row, num_tokens=1, context_len=s.num_cached, block_ids=s.block_ids) for row, s in enumerate(batch)
+        )
+        forward = ForwardBatch(token_ids=torch.tensor([s.last_token_id for s in batch]), slices=slices, logits_rows=None)
+        logits = self._engine.forward(forward)
+        tokens = sample(logits, [s.sampler for s in batch])
+        now_s = self._engine.clock()
+        self._meter.decoded(turn.model, len(batch), sum(s.num_cached for s in batch), now_s - started_s)
+        for sequence, token in zip(batch, tokens, strict=True):
+            index = len(sequence.output_ids)
+            sequence.append(token.token_id, now_s)
+            reason = sequence.sampler.finish_reason(max_model_len_reached=sequence.num_tokens >= sequence.spec.max_model_len)
+            self._outbox.add(sequence.client_id, token_update(sequence.command.sequence_id, index, token, reason))
+            if reason is not None:
+                self._drop(sequence, "finished")
+
+    # -- grants and endings -------------------------------------------------------------------------------------------
+
+    def _grant(self) -> None:
+        """Give blocks to those that wait, oldest first, and send their prefill orders."""
+        waiting = {s.command.sequence_id: s for s in self._sequences.values() if s.phase is Phase.WAITING}
+        held = Counter(s.spec.model for s in self._sequences.values() if s.phase is not Phase.WAITING)
+        while waiting:
+            views = [
+                WaitingView(sequence_id=key, model=s.spec.model, order=s.order, num_blocks=s.spec.kv.num_blocks(s.num_tokens + 1))
+                for key, s in waiting.items()
+            ]
+            free = {s.spec.model: self._engine.pool(s.spec.model).num_free for s in waiting.values()}
+            chosen = next_grant(views, num_held=held, num_free_blocks=free, max_num_seqs=self._engine.settings.max_num_seqs)
+            if chosen is None:
+                return
+            sequence = waiting.pop(chosen)
+            try:
+                self._grants.order(sequence)
+                held[sequence.spec.model] += 1
+            except PolymuxError as error:
+                self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: PolymuxError) -> None:
+        self._outbox.add(sequence.client_id, failure(sequence.command.sequence_id, len(sequence.output_ids), error))
+        self._drop(sequence, error.message)
+
+    def _drop(self, sequence: Sequence, reason: str) -> None:
+        """The one release path: whatever ended it, its blocks go back, or into quarantine while a transfer may still write."""
+        del self._sequences[sequence.command.sequence_id]
+        if sequence.phase is Phase.PREFILLING:
+            self._grants.cancel(sequence, reason)
+        else:
+            self._engine.pool(sequence.spec.model).free(sequence.block_ids)
+        sequence.block_ids = []
+
+    def _expire(self) -> None:
+        now_s = self._engine.clock()
+        for sequence in [s for s in self._sequences.values() if s.deadline_s <= now_s]:
+            self._fail(sequence, DeadlineExceeded(f"sequence {sequence.command.sequence_id} was not finished before its deadline"))
+
+    def fail_all(self, error: PolymuxError) -> None:
+        """End everything with one error: the worker cannot go on with what it has."""
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, error)
+
+    def next_deadline_s(self) -> float | None:
+        """When `step` next has something to expire, on the engine's clock."""
+        return min((s.deadline_s for s in self._sequences.values()), default=None)
+
+    def loads(self) -> tuple[ModelLoad, ...]:
+        """This worker's work by model, for the controller."""
+        residents = self._engine.residency.residents
+        by_model: dict[ModelName, list[Sequence]] = {model: [] for model in residents}
+        for sequence in self._sequences.values():
+            by_model.setdefault(sequence.spec.model, []).append(sequence)
+        return tuple(
+            ModelLoad(
+                model=model,
+                is_resident=model in residents,
+                num_waiting=sum(s.phase is not Phase.RUNNING for s in sequences),
+                num_running=sum(s.phase is Phase.RUNNING for s in sequences),
+                waiting_tokens=sum(s.num_tokens for s in sequences if s.phase is not Phase.RUNNING),
+                kv_tokens=sum(s.num_cached for s in sequences if s.phase is Phase.RUNNING),
+            )
+            for model, sequences in sorted(by_model.items())
+        )

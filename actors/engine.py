@@ -1,0 +1,118 @@
+"""The engine: models in one arena, one active at a time, stepped batch by batch. A plain class, driven by one thread.
+
+It knows no roles and no network: the prefill and the decode role (`prefill.py`, `decode.py`) decide what to step and where tokens go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polymux.actors.arena import Arena
+from polymux.actors.kv_blocks import BlockManager, BlockPool
+from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.weights.residency import ImageSource, Residency, Resident, Switch
+from polymux.transport.errors import ConfigError, ModelNotFound, PolymuxError
+from polymux.transport.messages import ModelSpec
+from polymux.transport.region import Region
+from polymux.transport.units import ModelName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What an engine may use, and how it computes."""
+
+    weight_reserve_bytes: int  # of the arena, never given to KV
+    slab_bytes: int | None = None  # None: from the arena's size
+    max_num_seqs: int = 64  # sequences in one decode step
+    max_num_batched_tokens: int = 512  # prompt tokens in one prefill step
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class Engine:
+    """Not thread-safe: its worker's engine thread calls everything here."""
+
+    def __init__(self, region: Region, settings: EngineSettings, source: ImageSource, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.arena = Arena(region, weight_reserve_bytes=settings.weight_reserve_bytes, slab_bytes=settings.slab_bytes)
+        self.blocks = BlockManager(self.arena)
+        self.residency = Residency(self.arena, source, clock, on_evict=self._unbind)
+        self.specs: dict[ModelName, ModelSpec] = {}
+        self._runner = ModelRunner(batch_invariant=settings.batch_invariant)
+        self._bound: dict[ModelName, BoundModel] = {}
+
+    def add_model(self, spec: ModelSpec) -> None:
+        """Make a model known. Raises ConfigError when it could never run in this arena."""
+        if spec.weight_bytes > self.arena.weight_reserve_bytes:
+            raise ConfigError(
+                f"models.{spec.model}: its weights take {spec.weight_bytes} bytes and the arena keeps "
+                f"{self.arena.weight_reserve_bytes} for weights; raise the pool's `arena`"
+            )
+        pool = self.blocks.pool(spec.kv)
+        if pool.max_blocks < spec.kv.num_blocks(spec.max_model_len):
+            raise ConfigError(
+                f"models.{spec.model}: max_model_len={spec.max_model_len} needs {spec.kv.num_blocks(spec.max_model_len)} KV blocks and "
+                f"the arena holds {pool.max_blocks}; lower max_model_len or raise the pool's `arena`"
+            )
+        self.specs[spec.model] = spec
+
+    def spec(self, model: ModelName) -> ModelSpec:
+        try:
+            return self.specs[model]
+        except KeyError:
+            raise ModelNotFound(f"model {model!r} is not known to this worker", param="model") from None
+
+    def pool(self, model: ModelName) -> BlockPool:
+        return self.blocks.pool(self.spec(model).kv)
+
+    def activate(self, model: ModelName, wanted: Collection[ModelName] = ()) -> Switch | None:
+        """Make `model` the active one; None when it already was. Raises as `Residency.switch`, the former model then still active."""
+        if self.residency.active == model:
+            return None
+        spec = self.spec(model)
+        try:
+            switch = self.residency.switch(spec, wanted=wanted)
+        except OSError as error:
+            raise PolymuxError(f"loading {model} failed: {error}") from error
+        if model not in self._bound:
+            resident = self.residency.residents[model]
+            self._bound[model] = self._runner.bind(resident.manifest, resident.weights, self.blocks.pool(spec.kv).kv)
+        return switch
+
+    def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """Step the active model: fp32 logits [R, vocab]. Raises PolymuxError when no model is active."""
+        active = self.residency.active
+        if active is None:
+            raise PolymuxError("no model is active: the last switch failed")
+        return self._bound[active].forward(batch, on_layer)
+
+    def probe(self) -> bool:
+        """One token through the active model, in a block of its own: does it still compute? True when there is nothing to probe with."""
+        active = self.residency.active
+        if active is None or not self.pool(active).num_free:
+            return True
+        blocks = self.pool(active).allocate(1)
+        try:
+            token = SequenceSlice(start=0, num_tokens=1, context_len=0, block_ids=blocks)
+            logits = self.forward(ForwardBatch(token_ids=torch.zeros(1, dtype=torch.int64), slices=(token,), logits_rows=None))
+            return bool(torch.isfinite(logits).all())
+        finally:
+            self.pool(active).free(blocks)
+
+    def _unbind(self, resident: Resident) -> None:
+        self._bound.pop(resident.spec.model, None)
+
+    def close(self) -> None:
+        self._bound.clear()
+        self.residency.residents.clear()
+        self.arena.close()

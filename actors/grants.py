@@ -1,0 +1,95 @@
+"""Grants: blocks of this worker that a prefill worker may fill, from the order to the last event of its transfer.
+
+Owned by whom? The transfer while it runs; the sequence once it is committed; after a failure the quarantine, until the transport is quiet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polymux.actors.engine import Engine
+from polymux.actors.sequence import Phase, Sequence
+from polymux.transport.kv import KVCommitted, KVEdge, KVEvent, KVFailed, KVSink
+from polymux.transport.messages import Grant, Prefill
+from polymux.transport.units import Epoch, TransferId, pack_ids
+
+EDGE_DEADLINE_S = 5.0  # to dial a prefill worker; it has the request's own deadline after that
+
+
+@dataclass(slots=True)
+class _Live:
+    transfer_id: TransferId
+    sequence: Sequence
+    edge: KVEdge
+    block_ids: list[int]
+
+
+class Grants:
+    """The books of one decode worker's transfers."""
+
+    def __init__(self, engine: Engine, sink: KVSink, epoch: Epoch) -> None:
+        self._engine = engine
+        self._sink = sink
+        self._epoch = epoch
+        self._live: dict[TransferId, _Live] = {}
+        self._quarantine: dict[TransferId, _Live] = {}
+
+    def order(self, sequence: Sequence) -> None:
+        """Grant blocks for all tokens so far and send the prefill order. Raises NoFreeBlocks or a TransferError; then nothing is held."""
+        command = sequence.command
+        pool = self._engine.pool(sequence.spec.model)
+        edge = self._sink.open(command.prefill, EDGE_DEADLINE_S)
+        block_ids = pool.allocate(sequence.spec.kv.num_blocks(sequence.num_tokens))
+        transfer_id = self._sink.next_transfer_id()
+        remaining_s = sequence.deadline_s - self._engine.clock()
+        grant = Grant(
+            transfer_id=transfer_id,
+            layout_hash=sequence.spec.kv.layout_hash,
+            block_ids=pack_ids(block_ids),
+            target_epoch=self._epoch,
+            source_epoch=command.prefill.epoch,
+        )
+        prefill = Prefill(
+            sequence_id=command.sequence_id,
+            client_id=sequence.client_id,
+            model=command.model,
+            prompt_ids=command.prompt_ids,
+            output_ids=pack_ids(sequence.output_ids),
+            sampling=command.sampling,
+            grant=grant,
+            deadline_s=remaining_s,
+            ttft_slo_s=command.ttft_slo_s,
+        )
+        self._live[transfer_id] = _Live(transfer_id, sequence, edge, block_ids)
+        try:
+            edge.order(prefill, sequence.spec.kv)
+        except BaseException:
+            del self._live[transfer_id]
+            pool.free(block_ids)
+            raise
+        sequence.phase, sequence.transfer_id = Phase.PREFILLING, transfer_id
+
+    def cancel(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence's transfer; its blocks go back when the transport says so."""
+        live = self._live.get(sequence.transfer_id) if sequence.transfer_id is not None else None
+        if live is not None:
+            live.edge.cancel(live.transfer_id, reason)
+
+    def settle(self, event: KVEvent) -> Sequence | None:
+        """Book an event. Returns its sequence, which owns the blocks if they were committed; None when quarantined blocks went back."""
+        if isinstance(event, KVCommitted):
+            live = self._live.pop(event.transfer_id)
+            live.sequence.block_ids, live.sequence.transfer_id = live.block_ids, None
+            return live.sequence
+        if isinstance(event, KVFailed):
+            live = self._live.pop(event.transfer_id)
+            self._quarantine[event.transfer_id] = live
+            live.sequence.transfer_id = None
+            return live.sequence
+        live = self._quarantine.pop(event.transfer_id)
+        self._engine.pool(live.sequence.spec.model).free(live.block_ids)
+        return None
+
+    @property
+    def num_quarantined(self) -> int:
+        return sum(len(live.block_ids) for live in self._quarantine.values())

@@ -1,0 +1,113 @@
+"""What a worker measures of itself: costs that it learns and reports, and the counters behind the metrics."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+
+from polymux.actors.weights.residency import Switch
+from polymux.disagg.cost import Fit, Roofline, decode_features, guess_decode, guess_prefill, guess_switch, prefill_features, switch_features
+from polymux.transport.kv import EdgeStats
+from polymux.transport.messages import ModelCost, ModelSpec
+from polymux.transport.units import ModelName
+
+EAGER_OBSERVATIONS = 64  # of one cost; after them every `SPARSE`-th step is enough to follow it
+SPARSE = 8
+
+
+class _Cost:
+    """One fit, observed often while it is young and sparsely later: an observation costs about as much as a layer of a small model."""
+
+    def __init__(self, guess: Fit) -> None:
+        self.fit = guess
+        self._num_seen = 0
+
+    def observe(self, features: tuple[float, ...], seconds: float) -> None:
+        self._num_seen += 1
+        if self.fit.num_observed < EAGER_OBSERVATIONS or self._num_seen % SPARSE == 0:
+            self.fit = self.fit.observe(features, seconds)
+
+
+class Meter:
+    """Written by the engine thread, read by the reporting one."""
+
+    def __init__(self, device: Roofline | None = None) -> None:
+        self._device = device or Roofline()
+        self._prefill: dict[ModelName, _Cost] = {}
+        self._decode: dict[ModelName, _Cost] = {}
+        self._switch = _Cost(guess_switch(self._device))
+        self._counters: defaultdict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    def add_model(self, spec: ModelSpec) -> None:
+        with self._lock:
+            self._prefill[spec.model] = _Cost(guess_prefill(spec, self._device))
+            self._decode[spec.model] = _Cost(guess_decode(spec, self._device))
+
+    def predict_decode_s(self, model: ModelName, num_seqs: int, kv_tokens: int) -> float:
+        return self._decode[model].fit.predict(decode_features(num_seqs, kv_tokens))
+
+    def predict_switch_s(self, nbytes: int) -> float:
+        return self._switch.fit.predict(switch_features(nbytes))
+
+    @property
+    def switch_bytes_per_s(self) -> float:
+        """Of a large switch, its fixed part included."""
+        nbytes = 1 << 30
+        return nbytes / self.predict_switch_s(nbytes)
+
+    def prefilled(self, model: ModelName, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
+        """One prefill step over (tokens already cached, tokens computed) of each chunk."""
+        self._prefill[model].observe(prefill_features(chunks), seconds)
+        self._add(prompt_tokens=sum(tokens for _, tokens in chunks), prefill_steps=1, prefill_seconds=seconds)
+
+    def decoded(self, model: ModelName, num_seqs: int, kv_tokens: int, seconds: float) -> None:
+        self._decode[model].observe(decode_features(num_seqs, kv_tokens), seconds)
+        self._add(generation_tokens=num_seqs, decode_steps=1, decode_seconds=seconds)
+
+    def sampled_first(self, num_seqs: int) -> None:
+        """First tokens, which a prefill step makes."""
+        self._add(generation_tokens=num_seqs)
+
+    def switched(self, switch: Switch) -> None:
+        if switch.nbytes:
+            self._switch.observe(switch_features(switch.nbytes), switch.seconds)
+        self._add(
+            model_switches=1,
+            model_loads=bool(switch.nbytes),
+            model_switch_seconds=switch.seconds,
+            model_switch_bytes=switch.nbytes,
+            model_evictions=len(switch.evicted),
+        )
+
+    def preempted(self) -> None:
+        self._add(preemptions=1)
+
+    def costs(self) -> tuple[ModelCost, ...]:
+        with self._lock:
+            return tuple(
+                ModelCost(model=model, prefill=_three(self._prefill[model].fit), decode=_three(self._decode[model].fit))
+                for model in self._prefill
+            )
+
+    def counters(self, edges: Sequence[EdgeStats]) -> tuple[tuple[str, float], ...]:
+        """Every counter since the worker started, KV migration's included, by name."""
+        with self._lock:
+            counts = dict(self._counters)
+        counts["kv_transfer_bytes"] = sum(edge.bytes for edge in edges)
+        counts["kv_transfers_committed"] = sum(edge.committed for edge in edges)
+        counts["kv_transfers_failed"] = sum(number for edge in edges for _, number in edge.failed)
+        counts["kv_transfer_seconds"] = sum(edge.seconds for edge in edges)
+        counts["kv_stale_moves"] = sum(edge.stale_moves for edge in edges)
+        return tuple(sorted((name, float(value)) for name, value in counts.items()))
+
+    def _add(self, **counts: float) -> None:
+        with self._lock:
+            for name, value in counts.items():
+                self._counters[name] += value
+
+
+def _three(fit: Fit) -> tuple[float, float, float]:
+    first, second, third = fit.coefficients
+    return first, second, third

@@ -1,0 +1,233 @@
+"""The prefill role: orders come from decode workers with a grant of blocks; chunks are computed, layers pushed, the first token sent.
+
+One job is one order. Its blocks here are the transfer's until the other side has them or can no longer read them (`released`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from polymux.actors.engine import Engine
+from polymux.actors.meter import Meter
+from polymux.actors.model_runner import ForwardBatch, SequenceSlice
+from polymux.actors.outbox import Outbox
+from polymux.actors.sampler import SampledToken, SamplerState, sample
+from polymux.actors.updates import token_update
+from polymux.disagg.prefill import PrefillPolicy, PrefillStep
+from polymux.disagg.views import PrefillView, PromptView
+from polymux.transport.errors import Cancelled, DeadlineExceeded, NoFreeBlocks, PolymuxError
+from polymux.transport.kv import KVSource, OrderRef
+from polymux.transport.messages import FinishReason, ModelLoad, ModelSpec, Prefill, Prefilled
+from polymux.transport.units import ModelName, SequenceId, unpack_ids
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One order under way. `num_done` counts the tokens whose KV is computed and pushed."""
+
+    order: OrderRef
+    command: Prefill
+    spec: ModelSpec
+    place: int  # in the worker's line
+    deadline_s: float
+    prompt_ids: list[int]
+    output_ids: list[int]
+    block_ids: list[int] = field(default_factory=list)
+    num_done: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        cut = len(self.prompt_ids)
+        return self.prompt_ids[start : start + count] + self.output_ids[max(start - cut, 0) : max(start + count - cut, 0)]
+
+
+class PrefillRole:
+    """Driven by the engine thread: `accept`, `cancel`, `released` for what came in, then `step` while it returns True."""
+
+    def __init__(self, engine: Engine, source: KVSource, policy: PrefillPolicy[Any], meter: Meter, outbox: Outbox) -> None:
+        self._engine = engine
+        self._source = source
+        self._policy = policy
+        self._memory = policy.start()
+        self._meter = meter
+        self._outbox = outbox
+        self._jobs: dict[SequenceId, Job] = {}
+        self._leaving: dict[OrderRef, Job] = {}  # done here; the other side may still read their blocks
+        self._num_accepted = 0
+
+    @property
+    def num_open(self) -> int:
+        return len(self._jobs)
+
+    def accept(self, command: Prefill, order: OrderRef) -> None:
+        """Take an order in. One that cannot be served fails at once, to the decode worker, which tells the client."""
+        try:
+            if command.sequence_id in self._jobs:
+                raise PolymuxError(f"sequence {command.sequence_id} is already being prefilled here")
+            spec = self._engine.spec(command.model)
+            self._source.accept(order, spec.kv)
+        except PolymuxError as error:
+            self._source.fail(order, error)
+            return
+        self._num_accepted += 1
+        self._jobs[command.sequence_id] = Job(
+            order=order,
+            command=command,
+            spec=spec,
+            place=self._num_accepted,
+            deadline_s=self._engine.clock() + command.deadline_s,
+            prompt_ids=unpack_ids(command.prompt_ids),
+            output_ids=unpack_ids(command.output_ids),
+        )
+
+    def cancel(self, order: OrderRef, reason: str) -> None:
+        """The decode worker no longer wants this one, or is gone. Unknown orders are ignored: they have ended already."""
+        for job in [job for job in self._jobs.values() if job.order == order]:
+            self._fail(job, Cancelled(f"sequence {job.command.sequence_id} was cancelled: {reason}"))
+
+    def released(self, order: OrderRef) -> None:
+        """Nobody reads this order's blocks any more: they go back."""
+        job = self._leaving.pop(order, None)
+        if job is None:
+            job = next((job for job in self._jobs.values() if job.order == order), None)
+            if job is None:
+                return
+            del self._jobs[job.command.sequence_id]
+        self._engine.pool(job.spec.model).free(job.block_ids)
+        job.block_ids = []
+
+    def step(self) -> bool:
+        """Run one forward pass of the policy's choice; False when nothing waits that could run."""
+        self._expire()
+        ready = [job for job in self._jobs.values() if self._has_blocks(job)]
+        view = PrefillView(
+            now_s=self._engine.clock(),
+            active=self._engine.residency.active,
+            prompts=tuple(
+                PromptView(
+                    sequence_id=job.command.sequence_id,
+                    model=job.spec.model,
+                    order=job.place,
+                    num_tokens=job.num_tokens,
+                    num_done=job.num_done,
+                )
+                for job in ready
+            ),
+            max_num_batched_tokens=self._engine.settings.max_num_batched_tokens,
+        )
+        step, self._memory = self._policy.next_step(view, self._memory)
+        if step is None:
+            return False
+        jobs = [self._jobs[chunk.sequence_id] for chunk in step.chunks]
+        try:
+            self._run(step, jobs)
+        except PolymuxError as error:
+            for job in jobs:
+                if job.command.sequence_id in self._jobs:
+                    self._fail(job, error)
+        return True
+
+    def _has_blocks(self, job: Job) -> bool:
+        """Take the whole prompt's blocks before its first chunk, so that no two half-done prompts wait for each other."""
+        if not job.block_ids:
+            try:
+                job.block_ids = self._engine.pool(job.spec.model).allocate(job.spec.kv.num_blocks(job.num_tokens))
+            except NoFreeBlocks:
+                return False
+        return True
+
+    def _run(self, step: PrefillStep, jobs: list[Job]) -> None:
+        switch = self._engine.activate(step.model, wanted={job.spec.model for job in self._jobs.values()})
+        if switch is not None:
+            self._meter.switched(switch)
+        started_s = self._engine.clock()
+        slices: list[SequenceSlice] = []
+        tokens: list[int] = []
+        last_rows: list[int] = []
+        for chunk, job in zip(step.chunks, jobs, strict=True):
+            slices.append(SequenceSlice(start=len(tokens), num_tokens=chunk.num_tokens, context_len=chunk.start, block_ids=job.block_ids))
+            tokens += job.tokens(chunk.start, chunk.num_tokens)
+            if chunk.is_last:
+                last_rows.append(len(tokens) - 1)
+        batch = ForwardBatch(token_ids=torch.tensor(tokens), slices=tuple(slices), logits_rows=torch.tensor(last_rows, dtype=torch.int64))
+        logits = self._engine.forward(batch, on_layer=lambda layer: self._push(layer, step, jobs))
+        self._meter.prefilled(step.model, [(chunk.start, chunk.num_tokens) for chunk in step.chunks], self._engine.clock() - started_s)
+        finished = [job for chunk, job in zip(step.chunks, jobs, strict=True) if chunk.is_last]
+        for chunk, job in zip(step.chunks, jobs, strict=True):
+            job.num_done = chunk.start + chunk.num_tokens
+        self._finish(finished, logits)
+
+    def _push(self, layer: int, step: PrefillStep, jobs: list[Job]) -> None:
+        """Offer this layer of the blocks that the chunk filled, and of the one that it leaves partly filled only when it is the last."""
+        for chunk, job in zip(step.chunks, jobs, strict=True):
+            size = job.spec.kv.block_size
+            first = chunk.start // size
+            end = job.spec.kv.num_blocks(chunk.start + chunk.num_tokens) if chunk.is_last else (chunk.start + chunk.num_tokens) // size
+            if end > first:
+                self._source.push(job.order, layer, layer + 1, job.block_ids[first:end], first)
+
+    def _finish(self, jobs: list[Job], logits: torch.Tensor) -> None:
+        """Sample each job's next token, send it to its client, and commit its transfer."""
+        if not jobs:
+            return
+        states = [self._sampler_state(job) for job in jobs]
+        for job, state, token in zip(jobs, states, sample(logits, states), strict=True):
+            index = len(job.output_ids)
+            state.append(token.token_id)
+            reason = state.finish_reason(max_model_len_reached=job.num_tokens + 1 >= job.spec.max_model_len)
+            self._commit(job, index, token, reason)
+        self._meter.sampled_first(len(jobs))
+
+    def _sampler_state(self, job: Job) -> SamplerState:
+        return SamplerState(job.command.sampling, job.prompt_ids, job.output_ids, job.spec.eos_token_ids, job.spec.vocab_size)
+
+    def _commit(self, job: Job, index: int, token: SampledToken, reason: FinishReason | None) -> None:
+        sequence_id = job.command.sequence_id
+        self._outbox.add(job.command.client_id, token_update(sequence_id, index, token, reason))
+        self._leave(job)
+        self._source.commit(job.order, Prefilled(sequence_id=sequence_id, token_id=token.token_id, finish_reason=reason))
+
+    def _fail(self, job: Job, error: PolymuxError) -> None:
+        self._leave(job)
+        self._source.fail(job.order, error)
+
+    def _leave(self, job: Job) -> None:
+        del self._jobs[job.command.sequence_id]
+        self._leaving[job.order] = job
+
+    def _expire(self) -> None:
+        now = self._engine.clock()
+        for job in [job for job in self._jobs.values() if job.deadline_s <= now]:
+            self._fail(job, DeadlineExceeded(f"sequence {job.command.sequence_id} was not prefilled before its deadline"))
+
+    def fail_all(self, error: PolymuxError) -> None:
+        """End everything with one error: the worker cannot go on with what it has."""
+        for job in list(self._jobs.values()):
+            self._fail(job, error)
+
+    def next_deadline_s(self) -> float | None:
+        """When `step` next has something to expire, on the engine's clock."""
+        return min((job.deadline_s for job in self._jobs.values()), default=None)
+
+    def loads(self) -> tuple[ModelLoad, ...]:
+        waiting: dict[ModelName, list[Job]] = defaultdict(list)
+        for job in self._jobs.values():
+            waiting[job.spec.model].append(job)
+        return tuple(
+            ModelLoad(
+                model=model,
+                is_resident=model in self._engine.residency.residents,
+                num_waiting=len(waiting[model]),
+                num_running=0,
+                waiting_tokens=sum(job.num_tokens - job.num_done for job in waiting[model]),
+                kv_tokens=sum(len(job.block_ids) * job.spec.kv.block_size for job in waiting[model]),
+            )
+            for model in sorted(waiting.keys() | self._engine.residency.residents.keys())
+        )

@@ -1,0 +1,80 @@
+"""A sequence on a decode worker: its tokens, its blocks, and where it stands.
+
+WAITING ──grant──▶ PREFILLING ──commit──▶ RUNNING ──last token──▶ gone
+   ▲                   │                     │
+   └── preempted ──────┼─────────────────────┘       cancel, deadline and errors lead to gone from every state
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from polymux.actors.sampler import SamplerState
+from polymux.transport.messages import Generate, ModelSpec
+from polymux.transport.units import ClientId, TransferId, unpack_ids
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"  # for blocks
+    PREFILLING = "prefilling"  # blocks granted, KV on its way
+    RUNNING = "running"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable, and owned by one worker's engine thread. Times are that worker's monotonic clock."""
+
+    command: Generate
+    client_id: ClientId
+    spec: ModelSpec
+    order: int  # its place in the worker's line
+    arrival_s: float
+    deadline_s: float
+    prompt_ids: list[int]
+    output_ids: list[int]
+    sampler: SamplerState
+    phase: Phase = Phase.WAITING
+    block_ids: list[int] = field(default_factory=list)
+    transfer_id: TransferId | None = None
+    first_token_s: float | None = None
+    num_preemptions: int = 0
+
+    @classmethod
+    def from_command(cls, command: Generate, client_id: ClientId, spec: ModelSpec, order: int, now_s: float) -> Sequence:
+        prompt_ids, output_ids = unpack_ids(command.prompt_ids), unpack_ids(command.output_ids)
+        return cls(
+            command=command,
+            client_id=client_id,
+            spec=spec,
+            order=order,
+            arrival_s=now_s,
+            deadline_s=now_s + command.deadline_s,
+            prompt_ids=prompt_ids,
+            output_ids=output_ids,
+            sampler=SamplerState(command.sampling, prompt_ids, output_ids, spec.eos_token_ids, spec.vocab_size),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose KV is in the blocks while RUNNING: all but the newest, which the next step computes."""
+        return self.num_tokens - 1
+
+    @property
+    def last_token_id(self) -> int:
+        return self.output_ids[-1] if self.output_ids else self.prompt_ids[-1]
+
+    @property
+    def num_blocks_wanted(self) -> int:
+        """Blocks to add so that the next step's token has its slot."""
+        return self.spec.kv.num_blocks(self.num_tokens) - len(self.block_ids)
+
+    def append(self, token_id: int, now_s: float) -> None:
+        self.output_ids.append(token_id)
+        self.sampler.append(token_id)
+        if self.first_token_s is None:
+            self.first_token_s = now_s

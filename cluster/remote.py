@@ -1,0 +1,209 @@
+"""The cluster on Ray: the controller's actor, the launcher that makes worker and store actors, and typed calls to all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from polymux.actors.remote import ACTOR_THREADS, StoreActor, WorkerActor
+from polymux.actors.weight_store import ModelSource
+from polymux.actors.worker import WorkerSettings
+from polymux.cluster.config import ClusterConfig, ModelConfig
+from polymux.cluster.sizing import host_memory_bytes, num_threads
+from polymux.cluster.supervisor import Supervisor, WorkerHandle
+from polymux.transport.errors import PolymuxError, WorkerLost
+from polymux.transport.messages import Admit, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport
+from polymux.transport.units import ClientId, Epoch, ModelName
+
+NAMESPACE = "polymux"
+CPU_SHARE = 0.8  # of the cluster's CPUs that workers reserve where the configuration does not say; front doors need some
+T = TypeVar("T")
+
+
+async def call(reference: Awaitable[T]) -> T:
+    """Await an actor's answer. A typed error comes out as it was raised there; a dead actor is WorkerLost."""
+    try:
+        return await reference
+    except RayTaskError as error:
+        if isinstance(error.cause, PolymuxError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise WorkerLost(f"an actor is gone: {error}".splitlines()[0]) from error
+
+
+class RayHandle:
+    """A worker actor, as the supervisor sees it."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def start(self, settings: WorkerSettings) -> WorkerHello:
+        hello: WorkerHello = await call(self.actor.start.remote(settings))
+        return hello
+
+    async def serve(self, epoch: Epoch) -> None:
+        await call(self.actor.serve.remote(epoch))
+
+    async def add_model(self, spec: ModelSpec) -> None:
+        await call(self.actor.add_model.remote(spec))
+
+    async def report(self) -> WorkerReport:
+        report: WorkerReport = await call(self.actor.report.remote())
+        return report
+
+    async def stop(self) -> None:
+        """Ask, then make sure: a frozen process is killed all the same."""
+        try:
+            async with asyncio.timeout(5.0):
+                await call(self.actor.stop.remote())
+        except (PolymuxError, RayTaskError, TimeoutError) as error:
+            logging.getLogger("polymux.remote").warning("worker.stop_failed reason=%s", error or "no answer")
+        ray.kill(self.actor)
+
+
+class RayLauncher:
+    """Worker actors where Ray places them, and one weight store on each node that has a worker."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, Any] = {}  # by node id
+        self._sources: dict[ModelName, ModelSource] = {}
+        self._store_arguments: tuple[int | None, str, str] = (None, "auto", "")
+
+    async def start_stores(self, budget_bytes: int | None, layout: str, token: str) -> None:
+        """The store of the controller's own node; others come with the workers of their nodes."""
+        self._store_arguments = (budget_bytes, layout, token)
+        await self._store(str(ray.get_runtime_context().get_node_id()))
+
+    async def _store(self, node_id: str) -> Any:
+        if node_id not in self._stores:
+            budget_bytes, layout, token = self._store_arguments
+            on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            options = {"num_cpus": 0, "max_concurrency": ACTOR_THREADS, "scheduling_strategy": on_node}
+            store = ray.remote(StoreActor).options(**options).remote(budget_bytes or host_memory_bytes() // 2, layout, token)
+            self._stores[node_id] = store
+            for source in self._sources.values():
+                await call(store.register.remote(source))
+        return self._stores[node_id]
+
+    async def register(self, source: ModelSource) -> ModelSpec:
+        specs: list[ModelSpec] = await asyncio.gather(*(call(store.register.remote(source)) for store in self._stores.values()))
+        if len({spec.digest for spec in specs}) > 1:
+            raise PolymuxError(f"models.{source.model}: {source.path} holds different weights on different nodes; copy the same to all")
+        self._sources[source.model] = source
+        return specs[0]
+
+    async def forget(self, model: ModelName) -> None:
+        self._sources.pop(model, None)
+        await asyncio.gather(*(call(store.forget.remote(model)) for store in self._stores.values()))
+
+    async def launch(self, role: Role, config: ClusterConfig) -> WorkerHandle:
+        pool = config.pools.prefill if role is Role.PREFILL else config.pools.decode
+        num_workers = config.pools.prefill.workers + config.pools.decode.workers
+        cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        share = CPU_SHARE * cluster.get("CPU", 1.0) / num_workers
+        actor = (
+            ray.remote(WorkerActor)
+            .options(
+                num_cpus=pool.num_cpus if pool.num_cpus is not None else round(min(num_threads(pool, num_workers), share), 3),
+                num_gpus=pool.num_gpus,
+                resources=dict(pool.resources),
+                max_concurrency=ACTOR_THREADS,
+            )
+            .remote(config.log_level)
+        )
+        await call(actor.node_id.remote())
+        return RayHandle(actor)
+
+    async def store_address(self, handle: WorkerHandle) -> str:
+        assert isinstance(handle, RayHandle)
+        store = await self._store(await call(handle.actor.node_id.remote()))
+        address: str = await call(store.address.remote())
+        return address
+
+    async def stop(self) -> None:
+        for store in self._stores.values():
+            ray.kill(store)
+        self._stores.clear()
+
+
+class ControllerActor:
+    """The one named actor: the supervisor with the controller's books, behind Ray calls."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(message)s")
+        self._supervisor = Supervisor(config, RayLauncher())
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Bring everything up. Called by several front doors at once: they wait for the same start, and see the same error."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._supervisor.start())
+            self._leaving = asyncio.create_task(self._exit_when_stopped())
+        await asyncio.shield(self._starting)
+
+    async def _exit_when_stopped(self) -> None:
+        """A controller without workers has nothing left to do; its name becomes free for the next."""
+        await self._supervisor.stopped.wait()
+        await asyncio.sleep(1.0)  # for the answers on their way
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+    async def stop(self) -> None:
+        await self._supervisor.stop()
+
+    async def config(self) -> ClusterConfig:
+        return self._supervisor.config
+
+    async def admit(self, ask: Admit) -> Placement:
+        return await self._supervisor.admit(ask)
+
+    async def release(self, release: Release) -> None:
+        await self._supervisor.release(release)
+
+    async def heartbeat(self, client_id: ClientId) -> None:
+        await self._supervisor.heartbeat(client_id)
+
+    async def models(self) -> tuple[ModelSpec, ...]:
+        return await self._supervisor.models()
+
+    async def topology(self) -> dict[str, Any]:
+        return await self._supervisor.topology()
+
+    async def add_model(self, model: ModelConfig) -> ModelSpec:
+        return await self._supervisor.add_model(model)
+
+
+class RayControlPlane:
+    """The controller, as a front door sees it."""
+
+    def __init__(self, actor: Any, deadline_s: float = 30.0) -> None:
+        self._actor = actor
+        self._deadline_s = deadline_s
+
+    async def admit(self, ask: Admit) -> Placement:
+        placement: Placement = await self._call(self._actor.admit.remote(ask))
+        return placement
+
+    async def release(self, release: Release) -> None:
+        await self._call(self._actor.release.remote(release))
+
+    async def heartbeat(self, client_id: ClientId) -> None:
+        await self._call(self._actor.heartbeat.remote(client_id))
+
+    async def models(self) -> tuple[ModelSpec, ...]:
+        models: tuple[ModelSpec, ...] = await self._call(self._actor.models.remote())
+        return models
+
+    async def topology(self) -> dict[str, Any]:
+        topology: dict[str, Any] = await self._call(self._actor.topology.remote())
+        return topology
+
+    async def _call(self, reference: Awaitable[T]) -> T:
+        async with asyncio.timeout(self._deadline_s):
+            return await call(reference)

@@ -1,0 +1,90 @@
+"""What a worker gets where the configuration says `auto`: threads, arena and slabs from the host and the models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from polymux.actors.arena import default_slab_bytes
+from polymux.actors.engine import EngineSettings
+from polymux.actors.worker import WorkerSettings
+from polymux.cluster.config import ClusterConfig, PoolConfig
+from polymux.transport.errors import ConfigError
+from polymux.transport.kv import KVSettings
+from polymux.transport.messages import ModelSpec, Role
+from polymux.transport.units import MIB, WorkerId
+
+HOST_SHARE = 0.6  # of the host's memory, for the arenas of all workers together
+FULL_LENGTH_SEQS = 8  # sequences of full length that an automatic arena holds of each model
+MIN_BLOCKS_PER_SLAB = 4
+
+
+def worker_settings(
+    config: ClusterConfig, role: Role, worker_id: WorkerId, store_address: str, specs: Sequence[ModelSpec]
+) -> WorkerSettings:
+    """Everything that one worker needs. Raises ConfigError when the models cannot fit the arena that the configuration asks for."""
+    pool = config.pools.prefill if role is Role.PREFILL else config.pools.decode
+    num_workers = config.pools.prefill.workers + config.pools.decode.workers
+    arena_bytes = pool.arena_bytes or _auto_arena(config, specs, num_workers)
+    slab_bytes = config.engine.slab_bytes or _auto_slab(arena_bytes, specs)
+    reserve = int(arena_bytes * (1 - config.engine.kv_fraction))
+    largest = max(specs, key=lambda s: s.weight_bytes, default=None)
+    if largest is not None and largest.weight_bytes > reserve:
+        raise ConfigError(
+            f"pools.{role}.arena_bytes={arena_bytes} keeps {reserve} bytes for weights (1 - engine.kv_fraction) and {largest.model} takes "
+            f"{largest.weight_bytes}; raise it to {int(largest.weight_bytes / (1 - config.engine.kv_fraction)) + MIB} or more"
+        )
+    is_prefill = role is Role.PREFILL
+    policies = config.policies
+    return WorkerSettings(
+        worker_id=worker_id,
+        role=role,
+        arena_bytes=arena_bytes,
+        engine=EngineSettings(
+            weight_reserve_bytes=reserve,
+            slab_bytes=slab_bytes,
+            max_num_seqs=config.engine.max_num_seqs,
+            max_num_batched_tokens=config.engine.max_num_batched_tokens,
+            batch_invariant=config.engine.batch_invariant,
+        ),
+        token=config.security.cluster_token,
+        store_address=store_address,
+        host=config.transport.listen_host or "127.0.0.1",
+        num_threads=num_threads(pool, num_workers),
+        policy=policies.prefill if is_prefill else policies.decode,
+        policy_settings=(("max_group_size", policies.max_group_size),) if is_prefill else (("max_quota_s", policies.max_quota_s),),
+        kv=KVSettings(backend=config.transport.backend, silence_s=config.transport.transfer_timeout_s),
+    )
+
+
+def num_threads(pool: PoolConfig, num_workers: int) -> int:
+    """Compute threads of one worker: over all workers no more than the host has cores, for spinning threads slow each other down."""
+    return pool.num_threads or max((os.cpu_count() or 1) // num_workers, 1)
+
+
+def _auto_arena(config: ClusterConfig, specs: Sequence[ModelSpec], num_workers: int) -> int:
+    """All weights and some full-length sequences of the hungriest model, within this worker's share of the host."""
+    weights = sum(spec.weight_bytes for spec in specs)
+    kv = max((FULL_LENGTH_SEQS * spec.kv.num_blocks(spec.max_model_len) * spec.kv.block_bytes for spec in specs), default=0)
+    wanted = max(weights / (1 - config.engine.kv_fraction), weights + kv, 64 * MIB)
+    return int(min(wanted, host_memory_bytes() * HOST_SHARE / num_workers)) // MIB * MIB
+
+
+def _auto_slab(arena_bytes: int, specs: Sequence[ModelSpec]) -> int:
+    """The default, or as large as the largest block needs."""
+    largest = max((spec.kv.block_bytes for spec in specs), default=0)
+    slab = default_slab_bytes(arena_bytes)
+    while slab < MIN_BLOCKS_PER_SLAB * largest:
+        slab *= 2
+    return slab
+
+
+def host_memory_bytes() -> int:
+    """Memory of this host, or of the control group that confines this process, whichever is less."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if Path(path).exists() else "max"
+        if text.isdigit():
+            host = min(host, int(text))
+    return host
