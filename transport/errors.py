@@ -17,6 +17,7 @@ PolymuxError                     500 internal_error
 ├── Cancelled                    499  the client went away
 ├── DeadlineExceeded             408
 ├── WorkerLost                   504  retried by replay before a client sees it
+├── NonFiniteLogits                   the model computed NaN or infinity instead of logits
 ├── OutOfMemory                       the arena or the host store cannot hold it
 │   └── NoFreeBlocks                  retry when a sequence ends
 ├── WireError                         bytes from a peer that are not a message
@@ -124,6 +125,12 @@ class DeadlineExceeded(PolymuxError):
 
 class WorkerLost(PolymuxError):
     status, kind, code, retryable = 504, "timeout_error", "upstream_timeout", True
+
+
+class NonFiniteLogits(PolymuxError):
+    """No token can be drawn. `rows` are the batch's rows at fault, for whoever stepped it; the others may be sampled again without them."""
+
+    rows: tuple[int, ...] = ()
 
 
 class OutOfMemory(PolymuxError):
