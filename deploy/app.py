@@ -1,0 +1,150 @@
+"""The Ray Serve application: thin. A replica finds the controller (or starts it), opens its front door, and speaks HTTP.
+
+    serve run polymux.deploy.app:demo                      the demo models
+    serve run polymux.deploy.app:build config=my.yaml      a configuration file
+    serve deploy deploy/serve.yaml                         `build` with the configuration under `args`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from starlette.applications import Starlette
+
+from polymux.cluster.bootstrap import START_S, create_controller, find_controller
+from polymux.cluster.config import ClusterConfig
+from polymux.cluster.remote import RayControlPlane, call
+from polymux.deploy.http.api import build_asgi
+from polymux.deploy.http.frontdoor import FrontDoor
+from polymux.deploy.http.settings import FrontDoorSettings, HttpSettings
+from polymux.transport.errors import ConfigError
+from polymux.transport.units import ClientId
+
+log = logging.getLogger("polymux.app")
+
+DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"
+FRONT_DOOR_CPUS = 0.1  # bookkeeping: a replica waits far more than it computes
+DRAIN_S = 20.0  # for open streams to end when a replica or the whole application goes
+
+
+class FrontDoorReplica:
+    """One front-door process. `config` is plain data; the running controller's own configuration outranks it."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:
+        wanted = ClusterConfig.from_dict(config)
+        actor = create_controller(wanted)
+        async with asyncio.timeout(START_S):
+            await call(actor.start.remote())
+            running: ClusterConfig = await call(actor.config.remote())
+            await self._reconcile(actor, wanted, running)
+        self._app = build_asgi(_front_door(running, RayControlPlane(actor)), _http_settings(running))
+
+    async def _reconcile(self, actor: Any, wanted: ClusterConfig, running: ClusterConfig) -> None:
+        """Models that a new configuration adds are registered; what else differs waits for a restart, and the log says so."""
+        known = {spec.model for spec in await call(actor.models.remote())}
+        for model in wanted.models:
+            if model.name not in known:
+                await call(actor.add_model.remote(model))
+        ours, theirs = (c.model_dump(exclude={"models", "security", "serve"}) for c in (wanted, running))
+        changed = sorted(key for key in ours if ours[key] != theirs[key])
+        if changed:
+            log.warning("app.config_differs sections=%s the running cluster keeps its own until it is stopped", ",".join(changed))
+
+    def __serve_build_asgi_app__(self) -> Starlette:  # noqa: PLW3201 - Ray Serve's own name
+        return self._app
+
+
+def _front_door(config: ClusterConfig, control: RayControlPlane) -> FrontDoor:
+    settings = FrontDoorSettings(
+        client_id=ClientId(f"front-{uuid.uuid4().hex[:12]}"),
+        token=config.security.cluster_token,
+        request_timeout_s=config.limits.request_timeout_s,
+        max_open_requests=config.serve.max_ongoing_requests,
+        drain_timeout_s=DRAIN_S,
+    )
+    return FrontDoor(settings, control)
+
+
+def _http_settings(config: ClusterConfig) -> HttpSettings:
+    return HttpSettings(
+        api_keys=config.security.api_keys,
+        max_body_bytes=config.limits.max_body_bytes,
+        max_choices=config.limits.max_choices,
+        max_logprobs=config.limits.max_logprobs,
+    )
+
+
+def application(config: ClusterConfig) -> Application:
+    """The Serve application of one configuration."""
+    replica = serve.deployment(
+        serve.ingress(None)(FrontDoorReplica),
+        name="front-door",
+        num_replicas=config.serve.replicas,
+        max_ongoing_requests=config.serve.max_ongoing_requests,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        health_check_period_s=10,
+        ray_actor_options={"num_cpus": FRONT_DOOR_CPUS},
+    )
+    return replica.bind(config.to_dict(show_secrets=True))
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """For `serve run` and `serve deploy`: `args` is a ClusterConfig as plain data; `config` names a YAML file that the rest overrides.
+
+    Raises ConfigError.
+    """
+    rest = dict(args)
+    path = rest.pop("config", None)
+    if path is None:
+        return application(ClusterConfig.from_dict(rest, source="args"))
+    if not isinstance(path, str):
+        raise ConfigError(f"args.config={path!r} must be the path of a YAML file, or `demo`", param="config")
+    base = ClusterConfig.load(DEMO_CONFIG if path == "demo" else path)
+    return application(ClusterConfig.from_dict(base.to_dict(show_secrets=True) | rest, source="args"))
+
+
+def demo(_: Mapping[str, Any]) -> Application:
+    """The four demo models on three workers."""
+    return application(ClusterConfig.load(DEMO_CONFIG))
+
+
+def start_serving(config: ClusterConfig, *, log_level: str = "WARNING") -> str:
+    """Start controller, workers and front doors in the Ray that this process has joined. Returns the base URL once all is up.
+
+    Raises what a worker or a checkpoint raised, as it was raised there.
+    """
+    import ray
+
+    actor = create_controller(config)
+    asyncio.run(_started(actor))
+    serve.start(http_options={"host": config.serve.host, "port": config.serve.port, "request_timeout_s": None}, logging_config={"log_level": log_level})
+    serve.run(application(config), name=config.name, route_prefix=config.serve.route_prefix)
+    assert ray.is_initialized()
+    host = "127.0.0.1" if config.serve.host in ("0.0.0.0", "::") else config.serve.host
+    return f"http://{host}:{config.serve.port}{config.serve.route_prefix.rstrip('/')}"
+
+
+async def _started(actor: Any) -> None:
+    async with asyncio.timeout(START_S):
+        await call(actor.start.remote())
+
+
+def stop_serving(config: ClusterConfig) -> None:
+    """Drain the front doors, then stop the workers and the controller."""
+    serve.delete(config.name)
+    serve.shutdown()
+    actor = find_controller(config)
+    if actor is not None:
+        asyncio.run(_stopped(actor))
+
+
+async def _stopped(actor: Any) -> None:
+    async with asyncio.timeout(60.0):
+        await call(actor.stop.remote())
