@@ -1,0 +1,140 @@
+"""The whole path on a real Ray: actors, Serve, HTTP, the official client; correct under load, frugal at rest, alive after a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+
+import harness
+from polymux.cluster.bootstrap import find_controller, start_local_ray
+from polymux.cluster.config import ClusterConfig
+from polymux.deploy.app import DEMO_CONFIG, start_serving, stop_serving
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning"),
+]
+
+MIB = 1024 * 1024
+MAX_TOKENS = 24
+NUM_CLIENTS = 64
+NUM_ROUNDS = 10
+
+
+@pytest.fixture(scope="module")
+def config() -> ClusterConfig:
+    return ClusterConfig.load(DEMO_CONFIG, overrides=["serve.port=18123", "name=polymux-test"])
+
+
+@pytest.fixture(scope="module")
+def url(config: ClusterConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    start_local_ray(num_workers=3)
+    try:
+        yield start_serving(config)
+        stop_serving(config)
+        assert find_controller(config) is None, "the controller outlived its cluster"
+    finally:
+        ray.shutdown()
+
+
+def pids(seen: dict[str, Any]) -> dict[str, int]:
+    return {worker["worker_id"]: worker["pid"] for worker in seen["workers"] if worker["state"] != "lost"}
+
+
+async def test_a_mixed_load_gives_the_tokens_of_transformers_while_workers_switch(url: str) -> None:
+    before = (await harness.topology(url))["stats"]["counters"]
+    answers = await harness.mixed_load(url, 24, MAX_TOKENS)
+    assert harness.wrong_answers(answers, MAX_TOKENS) == []
+    after = (await harness.wait_idle(url))["stats"]["counters"]
+    assert after["model_switches"] - before.get("model_switches", 0) >= 10
+    assert after["kv_transfers_committed"] - before.get("kv_transfers_committed", 0) >= 24
+    assert after["kv_transfers_failed"] == 0 and after["kv_stale_moves"] == 0
+
+
+async def test_64_streams_at_once_are_correct_and_leave_nothing_behind_over_ten_rounds(url: str) -> None:
+    seen = await harness.topology(url)
+    usage: list[tuple[int, int]] = []
+    for _ in range(NUM_ROUNDS):
+        answers = await harness.mixed_load(url, NUM_CLIENTS, MAX_TOKENS)
+        assert harness.wrong_answers(answers, MAX_TOKENS) == []
+        seen = await harness.wait_idle(url)
+        usage.append((sum(map(harness.num_fds, pids(seen).values())), sum(map(harness.resident_memory_bytes, pids(seen).values()))))
+    fds, memory = zip(*usage, strict=True)
+    assert max(fds[5:]) <= max(fds[:5]), fds
+    assert memory[-1] <= max(memory[:5]) + 8 * MIB, memory
+
+
+async def test_a_worker_stays_within_its_arena_and_400_mib(url: str) -> None:
+    seen = await harness.topology(url)
+    for worker in seen["workers"]:
+        assert harness.peak_memory_bytes(worker["pid"]) <= worker["arena_bytes"] + 400 * MIB, worker["worker_id"]
+
+
+async def test_the_official_client_works_unchanged(url: str) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=60)
+    async with client:
+        listed = [model.id async for model in client.models.list()]
+        assert set(listed) == set(harness.MODELS)
+        answer = await client.chat.completions.create(
+            model="llama-small", messages=[{"role": "user", "content": harness.QUESTIONS[0]}], max_tokens=MAX_TOKENS, temperature=0
+        )
+        expected = harness.greedy_answer("llama-small", harness.QUESTIONS[0], MAX_TOKENS)
+        assert answer.choices[0].message.content == expected
+        stream = await client.completions.create(model="qwen3-small", prompt="The ", max_tokens=8, temperature=0, stream=True)
+        assert sum(len(chunk.choices) for chunk in [chunk async for chunk in stream]) > 1
+        with pytest.raises(openai.NotFoundError):
+            await client.chat.completions.create(model="absent", messages=[{"role": "user", "content": "?"}])
+
+
+async def test_a_client_that_goes_away_frees_its_blocks_within_a_second(url: str) -> None:
+    body = {"model": "llama-large", "prompt": "The ", "max_tokens": 900, "ignore_eos": True, "stream": True, "temperature": 0}
+    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.aiter_lines()
+            for _ in range(6):
+                await anext(lines)
+        closed_s = time.monotonic()
+    # the controller hears of it with the next report, at most an interval later
+    seen = await harness.wait_idle(url, deadline_s=2.5)
+    assert seen["stats"]["num_inflight"] == 0 and time.monotonic() - closed_s < 2.5
+
+
+async def test_an_idle_cluster_takes_less_than_5_percent_of_a_core(url: str) -> None:
+    await harness.wait_idle(url)
+    await asyncio.sleep(1.0)
+    watched = list(pids(await harness.topology(url)).values()) + front_doors_and_controller()
+    began_s, before = time.monotonic(), {pid: harness.cpu_seconds(pid) for pid in watched}
+    await asyncio.sleep(15.0)
+    used_s = sum(harness.cpu_seconds(pid) - before[pid] for pid in watched)
+    assert len(watched) >= 5
+    assert used_s / (time.monotonic() - began_s) < 0.05, {pid: harness.cpu_seconds(pid) - before[pid] for pid in watched}
+
+
+def front_doors_and_controller() -> list[int]:
+    from ray.util.state import list_actors
+
+    wanted = ("ControllerActor", "ServeReplica:polymux-test")
+    return [actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")]) if actor.class_name.startswith(wanted)]
+
+
+async def test_streams_survive_the_death_of_a_decode_worker(url: str) -> None:
+    seen = await harness.topology(url)
+    load = asyncio.create_task(harness.mixed_load(url, 16, 96))
+    await asyncio.sleep(0.5)
+    os.kill(pids(seen)["decode-0"], signal.SIGKILL)
+    assert harness.wrong_answers(await load, 96) == []
+    async with asyncio.timeout(60):
+        while len(alive := pids(await harness.topology(url))) < 3 or alive["decode-0"] == pids(seen)["decode-0"]:
+            await asyncio.sleep(0.5)
+    await harness.wait_idle(url)
+    assert harness.wrong_answers(await harness.mixed_load(url, 8, MAX_TOKENS), MAX_TOKENS) == []
