@@ -130,7 +130,7 @@ class AskView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillWorkerView:
-    """A prefill worker: what it has promised, and what a prompt of each model costs on it."""
+    """A prefill worker: what it has promised, and what a prompt of each model costs on it. Every registered model has a cost."""
 
     worker_id: WorkerId
     busy_until_s: float  # when it would have finished all that it was given; may be past
@@ -142,25 +142,45 @@ class PrefillWorkerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeModelView:
-    """One model's share of a decode worker. `step` is seconds: 1, batch, kv tokens."""
+    """One model's work on a decode worker; only models with some have one."""
 
     num_seqs: int  # running and waiting
     kv_tokens: int
-    tpot_slo_s: float
-    step: tuple[float, float, float]
+    tpot_slo_s: float  # the tightest
+    step_s: float  # predicted, of the whole batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeWorkerView:
-    """A decode worker. `utilisation` is the sum over its models with work of step time / TPOT; `switch_s` of a round's real switches."""
+    """A decode worker. Every registered model has a cost; `models` are those with work here."""
 
     worker_id: WorkerId
-    models: Mapping[ModelName, DecodeModelView]  # every model whose cost is known; num_seqs may be 0
+    models: Mapping[ModelName, DecodeModelView]
     resident: frozenset[ModelName]
-    utilisation: float
-    round_switch_s: float
-    min_steps: float  # the smallest TPOT / step time among its models with work; infinity when idle
+    costs: Mapping[ModelName, tuple[float, float, float]]  # seconds of a step: 1, sequences, kv tokens
+    load: float  # sum over `models` of step time / TPOT: the share of its time that its SLOs need, without switches
+    round_switch_s: float  # of the models with work that are not resident
+    min_steps: float  # smallest TPOT / step time over `models`; infinity when there is none
     num_seqs: int
     free_kv_bytes: int
-    max_num_seqs: int  # of one model's batch
+    max_num_seqs: int  # in one model's batch
     switch_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoorView:
+    """What stands before a request that asks to come in. Counts are of the whole pool, and without this request."""
+
+    num_queued: int  # sequences without a first token
+    num_queued_tokens: int  # of their prompts
+    num_inflight: int  # requests
+    num_sequences: int  # that this request makes
+    num_prompt_tokens: int  # of one sequence
+    num_total_tokens: int  # of one sequence, prompt and max_tokens
+    max_model_len: int
+    max_kv_tokens: int  # that one sequence of this model can have at most on the roomiest worker
+    deadline_s: float
+    ttft_slo_s: float
+    is_idle: bool  # nothing waits or runs where it would go
+    ttft_s: float  # predicted
+    switch_s: float  # of it, waking the model

@@ -1,0 +1,98 @@
+"""Where a sequence runs: the prefill worker that would finish it first, the decode worker that would end it first, both in seconds.
+
+The published rules count requests and batches; seconds see that a long prompt is not a short one, that the model a worker has
+loaded is free, and that one worker may be slower than another. Ties go to the lower worker id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from polymux.disagg.views import AskView, DecodeWorkerView, PrefillWorkerView
+from polymux.transport.units import WorkerId
+
+COMFORTABLE_LOAD = 0.5  # of a decode worker: below it a model's sequences gather on the worker that runs it already
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillChoice:
+    worker_id: WorkerId
+    finish_s: float  # from now
+    prefill_s: float  # of it, this prompt's own computation
+    switch_s: float  # of it, loading its model
+    joins: bool  # a waiting group of its model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeChoice:
+    worker_id: WorkerId
+    wait_s: float  # predicted until its blocks are granted
+    switch_s: float
+    tpot_s: float  # predicted
+
+
+def choose_prefill(ask: AskView, workers: Iterable[PrefillWorkerView], *, now_s: float, max_group_size: int = 8) -> PrefillChoice | None:
+    """Join a waiting group of the same model if that is sooner than anything that a switch elsewhere would buy.
+
+    A switch counts twice: for the time that this prompt waits for it, and for the same time that it takes from everyone behind.
+    None when every worker is excluded.
+    """
+    best: tuple[float, WorkerId] | None = None
+    choice: PrefillChoice | None = None
+    for worker in workers:
+        if worker.worker_id in ask.excluded:
+            continue
+        base, per_token, per_square = worker.costs[ask.model]
+        prefill_s = base + ask.num_prompt_tokens * (per_token + ask.num_prompt_tokens * per_square)
+        num_waiting = worker.waiting.get(ask.model, 0)
+        joins = 0 < num_waiting < max_group_size
+        is_free = joins or (ask.model in worker.resident and not num_waiting)
+        switch_s = 0.0 if is_free else ask.weight_bytes / worker.switch_bytes_per_s
+        finish_s = max(0.0, worker.busy_until_s - now_s) + switch_s + prefill_s
+        rank = (finish_s + switch_s, worker.worker_id)
+        if best is None or rank < best:
+            best = rank
+            choice = PrefillChoice(worker_id=worker.worker_id, finish_s=finish_s, prefill_s=prefill_s, switch_s=switch_s, joins=joins)
+    return choice
+
+
+def choose_decode(ask: AskView, workers: Iterable[DecodeWorkerView], *, max_quota_s: float = 4.0) -> DecodeChoice | None:
+    """The worker that runs this model already, while it is comfortably within its SLOs; else the one that would end the sequence first.
+
+    With the sequence added, a round takes `load` of the time that its tokens may take (`multiplex.round_load`), so they come every
+    TPOT * load. None when every worker is excluded.
+    """
+    best: tuple[bool, float, WorkerId] | None = None
+    choice: DecodeChoice | None = None
+    for worker in workers:
+        if worker.worker_id in ask.excluded:
+            continue
+        found, load = _placed(ask, worker, max_quota_s)
+        here = worker.models.get(ask.model)
+        gathers = here is not None and found.wait_s == 0 and load <= COMFORTABLE_LOAD
+        rank = (not gathers, found.switch_s + found.wait_s + ask.num_output_tokens * found.tpot_s, worker.worker_id)
+        if best is None or rank < best:
+            best, choice = rank, found
+    return choice
+
+
+def _placed(ask: AskView, worker: DecodeWorkerView, max_quota_s: float) -> tuple[DecodeChoice, float]:
+    """What this sequence would meet on the worker, and the worker's load with it."""
+    here = worker.models.get(ask.model)
+    num_here, kv_tokens, tpot_slo_s, old_load = 0, 0, ask.tpot_slo_s, 0.0
+    if here is not None:
+        num_here, kv_tokens, tpot_slo_s = here.num_seqs, here.kv_tokens, min(here.tpot_slo_s, ask.tpot_slo_s)
+        old_load = here.step_s / here.tpot_slo_s
+    base, per_seq, per_token = worker.costs[ask.model]
+    num_tokens = ask.num_prompt_tokens + ask.num_output_tokens
+    step_s = base + per_seq * min(num_here + 1, worker.max_num_seqs) + per_token * (kv_tokens + num_tokens)
+    switch_s = 0.0 if ask.model in worker.resident else ask.weight_bytes / worker.switch_bytes_per_s
+    load = worker.load - old_load + step_s / tpot_slo_s
+    if len(worker.models) > (here is not None):  # it shares the worker with other models
+        round_switch_s = worker.round_switch_s + (switch_s if here is None else 0.0)
+        load += round_switch_s / (min(worker.min_steps, tpot_slo_s / step_s) * max_quota_s)
+    tpot_s = tpot_slo_s * load
+    short = max(0, num_here + 1 - worker.max_num_seqs) + max(0.0, ask.kv_bytes - worker.free_kv_bytes) / max(ask.kv_bytes, 1)
+    wait_s = ask.num_output_tokens * tpot_s * short / worker.num_seqs if worker.num_seqs else 0.0  # nobody to wait for: room is made
+    return DecodeChoice(worker_id=worker.worker_id, wait_s=wait_s, switch_s=switch_s, tpot_s=tpot_s), load
