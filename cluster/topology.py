@@ -51,7 +51,8 @@ class ModelStatus:
     weight_bytes: int
     num_inflight: int  # requests
     num_finished: int
-    num_attained: int  # of them, with TTFT and TPOT within their SLOs
+    num_failed: int  # failed, refused by a worker or overdue: each an SLO miss; requests that the client gave up count nowhere
+    num_attained: int  # of the finished, with TTFT and TPOT within their SLOs
     num_output_tokens: int
     resident_on: tuple[WorkerId, ...]
 
@@ -76,7 +77,7 @@ class Stats:
     num_workers_alive: int
     num_workers_lost: int
     num_blocks_out: int
-    outcomes: dict[str, int]  # admitted | refused | finished | cancelled | failed | expired | client_lost
+    outcomes: dict[str, int]  # admitted | replayed | refused | finished | cancelled | failed | expired | client_lost
     counters: dict[str, float]  # the sum of workers' counters, by metric name
 
 

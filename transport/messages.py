@@ -220,7 +220,7 @@ class ModelCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLoad:
-    """One model's work on one worker at this moment."""
+    """One model's work on one worker at this moment. On a decode worker a sequence waits until its KV is committed there."""
 
     model: ModelName
     is_resident: bool
@@ -248,7 +248,7 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHello:
-    """A new worker joins the pool."""
+    """A new worker joins the pool; or, with an epoch, one that outlived its controller asks to go on as the incarnation that it is."""
 
     worker_id: WorkerId
     role: Role
@@ -257,6 +257,7 @@ class WorkerHello:
     pid: int
     arena_bytes: int
     num_threads: int
+    epoch: Epoch | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
