@@ -1,8 +1,8 @@
 """The Ray Serve application: thin. A replica finds the controller (or starts it), opens its front door, and speaks HTTP.
 
-    serve run polymux.deploy.app:demo                      the demo models
-    serve run polymux.deploy.app:build config=my.yaml      a configuration file
-    serve deploy deploy/serve.yaml                         `build` with the configuration under `args`
+serve run polymux.deploy.app:demo                      the demo models
+serve run polymux.deploy.app:build config=my.yaml      a configuration file
+serve deploy deploy/serve.yaml                         `build` with the configuration under `args`
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DRAIN_S = 20.0  # for open streams to end when a replica or the whole applicatio
 class FrontDoorReplica:
     """One front-door process. `config` is plain data; the running controller's own configuration outranks it."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc] # Ray Serve awaits it
         wanted = ClusterConfig.from_dict(config)
         actor = create_controller(wanted)
         async with asyncio.timeout(START_S):
@@ -57,7 +57,7 @@ class FrontDoorReplica:
         if changed:
             log.warning("app.config_differs sections=%s the running cluster keeps its own until it is stopped", ",".join(changed))
 
-    def __serve_build_asgi_app__(self) -> Starlette:  # noqa: PLW3201 - Ray Serve's own name
+    def __serve_build_asgi_app__(self) -> Starlette:
         return self._app
 
 
@@ -83,8 +83,7 @@ def _http_settings(config: ClusterConfig) -> HttpSettings:
 
 def application(config: ClusterConfig) -> Application:
     """The Serve application of one configuration."""
-    replica = serve.deployment(
-        serve.ingress(None)(FrontDoorReplica),
+    deployment = serve.deployment(
         name="front-door",
         num_replicas=config.serve.replicas,
         max_ongoing_requests=config.serve.max_ongoing_requests,
@@ -92,7 +91,9 @@ def application(config: ClusterConfig) -> Application:
         health_check_period_s=10,
         ray_actor_options={"num_cpus": FRONT_DOOR_CPUS},
     )
-    return replica.bind(config.to_dict(show_secrets=True))
+    ingress: type[FrontDoorReplica] = serve.ingress(None)(FrontDoorReplica)
+    bound: Application = deployment(ingress).bind(config.to_dict(show_secrets=True))
+    return bound
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -120,13 +121,11 @@ def start_serving(config: ClusterConfig, *, log_level: str = "WARNING") -> str:
 
     Raises what a worker or a checkpoint raised, as it was raised there.
     """
-    import ray
-
     actor = create_controller(config)
     asyncio.run(_started(actor))
-    serve.start(http_options={"host": config.serve.host, "port": config.serve.port, "request_timeout_s": None}, logging_config={"log_level": log_level})
+    http = {"host": config.serve.host, "port": config.serve.port, "request_timeout_s": None}  # deadlines are the front door's
+    serve.start(http_options=http, logging_config={"log_level": log_level})
     serve.run(application(config), name=config.name, route_prefix=config.serve.route_prefix)
-    assert ray.is_initialized()
     host = "127.0.0.1" if config.serve.host in ("0.0.0.0", "::") else config.serve.host
     return f"http://{host}:{config.serve.port}{config.serve.route_prefix.rstrip('/')}"
 
@@ -139,7 +138,7 @@ async def _started(actor: Any) -> None:
 def stop_serving(config: ClusterConfig) -> None:
     """Drain the front doors, then stop the workers and the controller."""
     serve.delete(config.name)
-    serve.shutdown()
+    serve.shutdown()  # type: ignore[no-untyped-call]
     actor = find_controller(config)
     if actor is not None:
         asyncio.run(_stopped(actor))

@@ -1,0 +1,237 @@
+"""A prefill and a decode worker over real sockets and shared memory, without a controller: whose blocks are whose, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polymux.actors.engine import EngineSettings
+from polymux.actors.store_server import StoreServer
+from polymux.actors.weight_store import ModelSource
+from polymux.actors.worker import Worker, WorkerSettings
+from polymux.transport.link import WorkerLink
+from polymux.transport.messages import Cancel, FinishReason, Generate, ModelSpec, Peer, Role, SamplingParams, SequenceUpdate
+from polymux.transport.region import this_host
+from polymux.transport.units import KIB, MIB, ClientId, Epoch, ModelName, SequenceId, WorkerId, pack_ids
+
+MODELS = Path(__file__).parent.parent.parent / "deploy" / "demo" / "models"
+TOKEN = "test-cluster-token-0123456789"
+NAMES = (ModelName("llama-small"), ModelName("qwen3-small"))
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+
+
+class Pair:
+    """Two workers, a store, and a client that collects tokens."""
+
+    def __init__(self, *, decode_kv_bytes: int, batch_invariant: bool) -> None:
+        torch.set_num_threads(1)
+        self.store = StoreServer(budget_bytes=64 * MIB, layout="auto", token=TOKEN)
+        self.specs = {
+            name: self.store.register(ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192))
+            for name in NAMES
+        }
+        self._ids = itertools.count()
+        self._received: dict[str, asyncio.Queue[SequenceUpdate]] = {}
+        reserve = sum(spec.weight_bytes for spec in self.specs.values()) + MIB
+        self.prefill = self._worker(Role.PREFILL, reserve, 16 * MIB, batch_invariant)
+        self.decode = self._worker(Role.DECODE, reserve, decode_kv_bytes, batch_invariant)
+
+    def _worker(self, role: Role, reserve: int, kv_bytes: int, batch_invariant: bool) -> Worker:
+        worker = Worker(
+            WorkerSettings(
+                worker_id=WorkerId(role),
+                role=role,
+                arena_bytes=reserve + kv_bytes,
+                engine=EngineSettings(
+                    weight_reserve_bytes=reserve, slab_bytes=128 * KIB, max_num_batched_tokens=48, batch_invariant=batch_invariant
+                ),
+                token=TOKEN,
+                store_address=self.store.address,
+                policy="grouped_fcfs" if role is Role.PREFILL else "wrr",
+            )
+        )
+        hello = worker.start()
+        for spec in self.specs.values():
+            worker.add_model(spec)
+        worker.serve(Epoch(1))
+        assert hello.address
+        return worker
+
+    def peer(self, worker: Worker) -> Peer:
+        return Peer(worker_id=worker.settings.worker_id, epoch=Epoch(1), address=worker.address, host_id=this_host())
+
+    async def connect(self) -> list[asyncio.Task[None]]:
+        self.links = [await WorkerLink.connect(self.peer(w), ClientId("client"), TOKEN, 5.0) for w in (self.prefill, self.decode)]
+        return [asyncio.create_task(self._read(link)) for link in self.links]
+
+    async def _read(self, link: WorkerLink) -> None:
+        async for frame in link:
+            for update in frame.updates:
+                self._received[update.sequence_id].put_nowait(update)
+
+    async def send(
+        self, spec: ModelSpec, prompt: list[int], sampling: SamplingParams, outputs: tuple[int, ...] = (), deadline_s: float = 30
+    ) -> str:
+        sequence_id = SequenceId(f"s{next(self._ids)}")
+        self._received[sequence_id] = asyncio.Queue()
+        await self.links[1].send(
+            Generate(
+                sequence_id=sequence_id,
+                model=spec.model,
+                prompt_ids=pack_ids(prompt),
+                output_ids=pack_ids(outputs),
+                sampling=sampling,
+                prefill=self.peer(self.prefill),
+                deadline_s=deadline_s,
+                ttft_slo_s=10.0,
+                tpot_slo_s=0.1,
+            )
+        )
+        return sequence_id
+
+    async def collect(self, sequence_id: str, start: int = 0) -> tuple[list[int], SequenceUpdate]:
+        """All tokens in order of their index, and the update that ended the sequence."""
+        tokens: dict[int, int] = {}
+        last: SequenceUpdate | None = None
+        async with asyncio.timeout(60):
+            while last is None or len(tokens) + start < last.index + len(last.token_ids):
+                update = await self._received[sequence_id].get()
+                tokens.update({update.index + i: token for i, token in enumerate(update.token_ids)})
+                last = update if update.finish_reason or update.error else last
+        return [tokens[index] for index in sorted(tokens)], last
+
+    async def generate(
+        self, spec: ModelSpec, prompt: list[int], sampling: SamplingParams = GREEDY, outputs: tuple[int, ...] = ()
+    ) -> list[int]:
+        tokens, last = await self.collect(await self.send(spec, prompt, sampling, outputs), len(outputs))
+        assert last.error is None, last.error
+        return tokens
+
+    async def until(self, is_true: Callable[[], bool], deadline_s: float = 10.0) -> None:
+        async with asyncio.timeout(deadline_s):
+            while not is_true():
+                await asyncio.sleep(0.02)
+
+    async def check_whole(self) -> None:
+        """No block is out on either side, and the books agree with the arena."""
+        workers = (self.prefill, self.decode)
+        await self.until(lambda: all(worker._engine.blocks.num_out == 0 for worker in workers))
+        for worker in workers:
+            worker._engine.blocks.check()
+
+    def close(self) -> None:
+        self.decode.stop()
+        self.prefill.stop()
+        self.store.close()
+
+
+@asynccontextmanager
+async def running_pair(*, decode_kv_bytes: int = 16 * MIB, batch_invariant: bool = False) -> AsyncIterator[Pair]:
+    pair = Pair(decode_kv_bytes=decode_kv_bytes, batch_invariant=batch_invariant)
+    readers = await pair.connect()
+    try:
+        yield pair
+        await pair.check_whole()
+    finally:
+        for link in pair.links:
+            await link.close()
+        await asyncio.gather(*readers, return_exceptions=True)
+        await asyncio.to_thread(pair.close)
+
+
+def prompt_of(spec: ModelSpec, length: int, salt: int = 0) -> list[int]:
+    return [(17 * i + 31 * salt + 5) % (spec.vocab_size - 16) + 8 for i in range(length)]
+
+
+async def test_sequences_of_two_models_mix_and_give_what_each_gives_alone() -> None:
+    async with running_pair(batch_invariant=True) as pair:
+        asks = [(spec, prompt_of(spec, 5 + 29 * i, i)) for i in range(4) for spec in pair.specs.values()]
+        alone = [await pair.generate(spec, prompt) for spec, prompt in asks]
+        together = await asyncio.gather(*(pair.generate(spec, prompt) for spec, prompt in asks))
+        assert together == alone
+        counters = dict(pair.decode.report().counters)
+        assert counters["model_switches"] >= 2 and counters["kv_transfers_committed"] == 2 * len(asks)
+
+
+async def test_a_sampled_sequence_is_the_same_after_preemption() -> None:
+    """An arena too small for all: the youngest lose their blocks and are prefilled again, prompt and outputs."""
+    sampling = SamplingParams(max_tokens=80, temperature=0.9, top_p=0.95, seed=7, ignore_eos=True, repetition_penalty=1.1)
+    async with running_pair(batch_invariant=True) as roomy:
+        spec = roomy.specs[NAMES[0]]
+        prompts = [prompt_of(spec, 40, salt) for salt in range(6)]
+        expected = [await roomy.generate(spec, prompt, replace(sampling, seed=salt)) for salt, prompt in enumerate(prompts)]
+    blocks = 6 * 4 + 2  # all prompts fit with a block to spare, their outputs do not
+    async with running_pair(decode_kv_bytes=blocks * spec.kv.block_bytes + 128 * KIB, batch_invariant=True) as tight:
+        got = await asyncio.gather(*(tight.generate(spec, prompt, replace(sampling, seed=salt)) for salt, prompt in enumerate(prompts)))
+        assert dict(tight.decode.report().counters).get("preemptions", 0) > 0
+    assert got == expected
+
+
+async def test_a_replay_goes_on_where_the_stream_stopped() -> None:
+    async with running_pair(batch_invariant=True) as pair:
+        spec = pair.specs[NAMES[1]]
+        prompt = prompt_of(spec, 33)
+        whole = await pair.generate(spec, prompt)
+        assert await pair.generate(spec, prompt, outputs=tuple(whole[:9])) == whole[9:]
+
+
+async def test_one_token_needs_no_decode_step() -> None:
+    async with running_pair() as pair:
+        spec = pair.specs[NAMES[0]]
+        sequence_id = await pair.send(spec, prompt_of(spec, 20), replace(GREEDY, max_tokens=1))
+        tokens, last = await pair.collect(sequence_id)
+        assert len(tokens) == 1 and last.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("tokens_before_cancel", [0, 1, 5])
+async def test_a_cancelled_sequence_frees_its_blocks_in_every_phase(tokens_before_cancel: int) -> None:
+    async with running_pair() as pair:
+        spec = pair.specs[NAMES[0]]
+        sequence_id = await pair.send(spec, prompt_of(spec, 100), replace(GREEDY, max_tokens=90))
+        for _ in range(tokens_before_cancel):
+            await pair._received[sequence_id].get()
+        await pair.links[1].send(Cancel(sequence_id=SequenceId(sequence_id), reason="test"))
+        await pair.check_whole()
+        assert pair.decode.report().loads == tuple(replace(load, num_running=0, num_waiting=0) for load in pair.decode.report().loads)
+
+
+async def test_a_lost_client_frees_the_blocks_of_all_its_sequences() -> None:
+    async with running_pair() as pair:
+        spec = pair.specs[NAMES[0]]
+        ids = [await pair.send(spec, prompt_of(spec, 60, salt), replace(GREEDY, max_tokens=120)) for salt in range(5)]
+        await pair._received[ids[0]].get()
+        await pair.links[1].close()
+        await pair.check_whole()
+
+
+async def test_a_deadline_ends_a_sequence_with_its_reason() -> None:
+    async with running_pair() as pair:
+        spec = pair.specs[NAMES[0]]
+        _, last = await pair.collect(await pair.send(spec, prompt_of(spec, 100), replace(GREEDY, max_tokens=90), deadline_s=0.01))
+        assert last.error is not None and last.error.name in ("DeadlineExceeded", "TransferTimeout")
+
+
+async def test_an_unknown_model_is_answered_with_its_name() -> None:
+    async with running_pair() as pair:
+        spec = replace(pair.specs[NAMES[0]], model=ModelName("absent"))
+        _, last = await pair.collect(await pair.send(spec, [9, 10], GREEDY))
+        assert last.error is not None and last.error.name == "ModelNotFound" and "absent" in last.error.message
+
+
+async def test_a_dead_prefill_worker_ends_its_sequences_and_frees_their_blocks() -> None:
+    async with running_pair() as pair:
+        spec = pair.specs[NAMES[0]]
+        ids = [await pair.send(spec, prompt_of(spec, 150, salt), GREEDY) for salt in range(6)]
+        await asyncio.to_thread(pair.prefill.stop)
+        results = [await pair.collect(sequence_id) for sequence_id in ids]
+        assert all(last.error is not None or len(tokens) == GREEDY.max_tokens for tokens, last in results)
+        assert any(last.error is not None for _, last in results)
+        await pair.until(lambda: pair.decode._engine.blocks.num_out == 0)
+        pair.prefill._engine.blocks._pools.clear()  # stopped with its arena
