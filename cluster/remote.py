@@ -17,7 +17,7 @@ from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, ModelConfig
 from polymux.cluster.sizing import host_memory_bytes, num_threads
 from polymux.cluster.supervisor import Supervisor, WorkerHandle
-from polymux.transport.errors import PolymuxError, WorkerLost
+from polymux.transport.errors import PeerLost, PolymuxError, WorkerLost
 from polymux.transport.messages import Admit, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport
 from polymux.transport.units import ClientId, Epoch, ModelName
 
@@ -205,5 +205,10 @@ class RayControlPlane:
         return topology
 
     async def _call(self, reference: Awaitable[T]) -> T:
-        async with asyncio.timeout(self._deadline_s):
-            return await call(reference)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await call(reference)
+        except WorkerLost as error:
+            raise PeerLost("the controller is gone; it is started again with the next front door") from error
+        except TimeoutError:
+            raise PeerLost(f"the controller did not answer within {self._deadline_s:.0f} s") from None
