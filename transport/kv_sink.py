@@ -1,45 +1,33 @@
-"""The decode worker's end of KV migration: grants, edges to prefill workers, landing, commit and quarantine."""
+"""The decode worker's end of KV migration: it dials prefill workers, and agrees with each on how the bytes will go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from itertools import count
+from socket import socket
 
-from polymux.transport.kv_types import EdgeStats, KVEvent, KVSettings
-from polymux.transport.messages import KVLayout, Peer, Prefill
+from polymux.transport.errors import PeerLost, PolymuxError, ProtocolMismatch, StaleEpoch, TransferTimeout
+from polymux.transport.frames import drive_async, read_frame
+from polymux.transport.handshake import Introduction, check_token
+from polymux.transport.kv_backend import Receiver
+from polymux.transport.kv_edge import KVEdge, SinkContext
+from polymux.transport.kv_fault import Faults, FaultyReceiver
+from polymux.transport.kv_local import open_local
+from polymux.transport.kv_shm import open_shm
+from polymux.transport.kv_tcp import TcpReceiver
+from polymux.transport.kv_types import BACKENDS, EdgeStats, KVEvent, KVSettings
+from polymux.transport.messages import Peer
+from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinEdge, PeerKind
 from polymux.transport.reactor import Reactor
-from polymux.transport.region import Region
-from polymux.transport.units import TransferId
+from polymux.transport.region import Grids, Region
+from polymux.transport.sockets import dial_tcp
+from polymux.transport.transfer import SinkLedger
+from polymux.transport.units import TransferId, WorkerId
+from polymux.transport.wire import decode_as, encode
 
-
-class KVEdge:
-    """One decode-prefill pair. Made by `KVSink.open`; every method may be called from any thread and returns at once."""
-
-    peer: Peer
-    backend: str  # local | shm | tcp; "" until the edge is open
-    reason: str  # why that backend was chosen
-
-    @property
-    def is_open(self) -> bool:
-        """Connected and negotiated. False before, and for good after the edge was lost: `KVSink.open` then makes a new one."""
-        raise NotImplementedError
-
-    def order(self, prefill: Prefill, layout: KVLayout) -> None:
-        """Send the command with its grant; from here on the granted blocks are the transfer's until its last event.
-
-        `prefill.grant.block_ids` are blocks of `layout` in this sink's region; exactly those blocks must be filled for a
-        commit. `prefill.deadline_s` from now it fails with TransferTimeout. Works while the edge is still connecting: the order waits, and
-        fails with PeerLost if there is no connection. Raises, and then nothing was granted: Overloaded (bounded queue full),
-        GrantViolation (empty, duplicate, out of range, or overlapping a live grant), LayoutMismatch, StaleEpoch, PeerLost (edge is lost).
-        """
-        raise NotImplementedError
-
-    def cancel(self, transfer_id: TransferId, reason: str) -> bool:
-        """End a transfer: KVFailed(Cancelled), then KVQuiesced. False when it had ended already."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Give the edge up; what is outstanding fails with PeerLost."""
-        raise NotImplementedError
+log = logging.getLogger(__name__)
 
 
 class KVSink:
@@ -54,27 +42,165 @@ class KVSink:
         on_event: Callable[[KVEvent], None],
         settings: KVSettings | None = None,
         reactor: Reactor | None = None,
+        faults: Faults | None = None,
     ) -> None:
-        raise NotImplementedError
+        check_token(token)
+        self._token = token
+        self._on_event = on_event
+        self._settings = settings or KVSettings()
+        self._reactor = reactor or Reactor(f"polymux-{identity.worker_id}-kv")
+        self._owns_reactor = reactor is None
+        ledger = SinkLedger(region.nbytes, identity.epoch, max_transfers=self._settings.max_transfers, max_bytes=self._settings.max_bytes)
+        self._context = SinkContext(identity, self._settings, self._reactor, ledger, Grids(region.buffer), self._emit, faults)
+        self._edges: dict[WorkerId, KVEdge] = {}
+        self._tasks: dict[KVEdge, asyncio.Task[None]] = {}
+        self._numbers = count(1)
+        self._transfer_ids = count(1)
+        self._is_closed = False
 
     def next_transfer_id(self) -> TransferId:
         """An id that this sink has not used."""
-        raise NotImplementedError
+        return TransferId(next(self._transfer_ids))
 
     def open(self, peer: Peer, deadline_s: float) -> KVEdge:
         """The edge to this incarnation of a worker, dialled in the background if there is none. Returns at once.
 
-        An edge to an older epoch of the same worker is closed first: a restarted worker is a new worker.
+        An edge to an older epoch of the same worker is closed first: a restarted worker is a new worker. Raises StaleEpoch when
+        `peer` is the older one, PeerLost after `close`.
         """
-        raise NotImplementedError
+        with self._context.lock:
+            if self._is_closed:
+                raise PeerLost("the sink is closed")
+            edge = self._edges.get(peer.worker_id)
+            if edge is not None and edge.lost is None:
+                if edge.peer.epoch == peer.epoch:
+                    return edge
+                if edge.peer.epoch > peer.epoch:
+                    raise StaleEpoch(f"worker {peer.worker_id} has epoch {edge.peer.epoch}; {peer.epoch} is gone")
+                self._reactor.post(edge.shut, StaleEpoch(f"worker {peer.worker_id} was restarted as epoch {peer.epoch}"))
+            edge = self._edges[peer.worker_id] = KVEdge(self._context, next(self._numbers), peer, self._forget)
+            self._context.ledger.open_edge(edge.number, peer.worker_id, peer.epoch)
+        self._reactor.post(self._dial, edge, deadline_s)
+        return edge
 
     def connect(self, peer: Peer, deadline_s: float) -> KVEdge:
-        """`open`, and wait until the edge is negotiated. Raises PeerLost, StaleEpoch, ProtocolMismatch, AuthenticationFailed."""
-        raise NotImplementedError
+        """`open`, and wait until the edge is negotiated.
+
+        Raises PeerLost, StaleEpoch, ProtocolMismatch, AuthenticationFailed, TransferTimeout.
+        """
+        edge = self.open(peer, deadline_s)
+        if not edge.ready.wait(deadline_s + 1.0):
+            raise TransferTimeout(f"worker {peer.worker_id} did not answer within {deadline_s:g} s")
+        if edge.lost is not None:
+            raise edge.lost
+        return edge
 
     def snapshot(self) -> tuple[EdgeStats, ...]:
-        raise NotImplementedError
+        with self._context.lock:
+            return tuple(edge.stats() for edge in self._edges.values())
+
+    def check(self) -> None:
+        """Assert that the books agree with each other."""
+        with self._context.lock:
+            self._context.ledger.check()
 
     def close(self) -> None:
-        """Close every edge; outstanding transfers fail with PeerLost and quiesce before this returns."""
-        raise NotImplementedError
+        """Close every edge; outstanding transfers fail with PeerLost and quiesce before this returns. May be called twice."""
+        if not self._reactor.loop.is_closed():
+            self._reactor.run(self._shut())
+        if self._owns_reactor:
+            self._reactor.close()
+
+    async def _shut(self) -> None:
+        with self._context.lock:
+            self._is_closed = True
+            edges = list(self._edges.values())
+        for edge in edges:
+            edge.shut(PeerLost("the sink is closed"))
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _emit(self, event: KVEvent) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # the engine's mistake must not unsettle the books
+            log.exception("kv.event_failed event=%s", event)
+
+    def _forget(self, edge: KVEdge) -> None:
+        log.info("kv.edge_lost peer=%s backend=%s why=%s", edge.peer.worker_id, edge.backend, edge.lost)
+        with self._context.lock:
+            if self._edges.get(edge.peer.worker_id) is edge:
+                del self._edges[edge.peer.worker_id]
+
+    def _dial(self, edge: KVEdge, deadline_s: float) -> None:
+        if edge.lost is None:
+            self._tasks[edge] = task = self._reactor.loop.create_task(self._connect(edge, deadline_s))
+            task.add_done_callback(lambda _: self._tasks.pop(edge, None))
+
+    async def _connect(self, edge: KVEdge, deadline_s: float) -> None:
+        try:
+            sock, receiver, reason = await self._negotiate(edge, deadline_s)
+        except PolymuxError as error:
+            edge.shut(error)
+            return
+        if edge.lost is not None:  # closed meanwhile
+            receiver.close()
+            sock.close()
+            return
+        log.info("kv.edge_open peer=%s backend=%s reason=%s", edge.peer.worker_id, receiver.name, reason)
+        edge.begin(sock, receiver, reason)
+
+    async def _negotiate(self, edge: KVEdge, deadline_s: float) -> tuple[socket, Receiver, str]:
+        wanted = BACKENDS if self._settings.backend == "auto" else (self._settings.backend,)
+        offer = encode(EdgeOffer(sink=self._context.identity, backends=wanted))
+        sock, _ = await dial_tcp(edge.peer.address, self._introduce(edge, PeerKind.DECODE, offer), self._token, deadline_s)
+        try:
+            terms = decode_as(EdgeTerms, await drive_async(read_frame(), sock, deadline_s))
+            receiver, reason = await self._choose(edge, wanted, terms, deadline_s)
+        except BaseException:
+            sock.close()
+            raise
+        return sock, receiver, reason
+
+    async def _choose(self, edge: KVEdge, wanted: tuple[str, ...], terms: EdgeTerms, deadline_s: float) -> tuple[Receiver, str]:
+        """The first backend that both sides speak and that works when tried, and why."""
+        attempts: dict[str, Callable[[], Awaitable[Receiver]]] = {
+            "local": lambda: self._try_local(edge, terms),
+            "shm": lambda: self._try_shm(edge, terms, deadline_s),
+            "tcp": lambda: self._try_tcp(edge, terms, deadline_s),
+        }
+        failures: list[str] = []
+        for name in wanted:
+            try:
+                if name not in terms.backends:
+                    raise PeerLost("the source does not offer it")
+                receiver = await attempts[name]()
+            except PolymuxError as error:
+                failures.append(f"not {name}: {error}")
+                continue
+            if self._context.faults:
+                receiver = FaultyReceiver(receiver, self._context.faults)
+            return receiver, "; ".join(failures) or "first choice"
+        raise ProtocolMismatch(f"no common KV backend with worker {edge.peer.worker_id}: {'; '.join(failures)}")
+
+    async def _try_local(self, edge: KVEdge, terms: EdgeTerms) -> Receiver:
+        return open_local(terms, self._reactor, edge)
+
+    async def _try_shm(self, edge: KVEdge, terms: EdgeTerms, deadline_s: float) -> Receiver:
+        if terms.source.host_id != self._context.identity.host_id:
+            raise PeerLost("another host")
+        intro = self._join(edge, PeerKind.KV_REGION, terms)
+        return await open_shm(terms, intro, self._token, deadline_s, self._reactor, edge)
+
+    async def _try_tcp(self, edge: KVEdge, terms: EdgeTerms, deadline_s: float) -> Receiver:
+        intro = self._join(edge, PeerKind.KV_DATA, terms)
+        sock, _ = await dial_tcp(edge.peer.address, intro, self._token, deadline_s)
+        return TcpReceiver(self._reactor.loop, sock, edge)
+
+    def _join(self, edge: KVEdge, kind: PeerKind, terms: EdgeTerms) -> Introduction:
+        return self._introduce(edge, kind, encode(JoinEdge(edge=terms.edge, secret=terms.secret)))
+
+    def _introduce(self, edge: KVEdge, kind: PeerKind, body: bytes) -> Introduction:
+        peer = edge.peer
+        return Introduction(kind=kind, peer_id=self._context.identity.worker_id, target=peer.worker_id, epoch=peer.epoch, body=body)

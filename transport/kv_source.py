@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import secrets
 from collections.abc import Callable, Sequence
+from itertools import count
+from socket import socket
 
-from polymux.transport.errors import PolymuxError
-from polymux.transport.kv_types import EdgeStats, KVSettings, OrderRef
-from polymux.transport.messages import KVLayout, Prefill, Prefilled
-from polymux.transport.region import Region
+from polymux.transport.descriptors import listen_abstract, send_fd
+from polymux.transport.errors import GrantViolation, LayoutMismatch, PeerLost, PolymuxError, StaleEpoch, WireError
+from polymux.transport.handshake import Introduction
+from polymux.transport.kv_fault import Faults
+from polymux.transport.kv_source_edge import SourceContext, SourceEdge
+from polymux.transport.kv_types import BACKENDS, EdgeStats, KVSettings, OrderRef
+from polymux.transport.messages import KVLayout, Peer, Prefill, Prefilled
+from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinEdge, PeerKind
+from polymux.transport.region import Grids, Region
+from polymux.transport.sockets import tune
 from polymux.transport.stream import WorkerServer
+from polymux.transport.transfer import SourceOrder, SourceState
+from polymux.transport.units import Epoch, WorkerId
+from polymux.transport.wire import decode_as
+
+log = logging.getLogger(__name__)
 
 
 class KVSource:
     """Answers decode workers through the worker's `server`. Methods may be called from any thread and return at once.
 
-    `on_order(ref, prefill)`: a new order; `accept` it before the first push. `on_cancel(ref, reason)`: the other side has ended
-    it (or the edge is lost): stop computing. `on_released(ref)`: always last and exactly once: the transport reads the
-    source blocks no more.
+    `on_order(ref, prefill)`: a new order; `accept` it before the first push. A PolymuxError that it raises refuses the order, which then
+    gets no `on_released`. `on_cancel(ref, reason)`: the other side has ended it (or the edge is lost): stop computing.
+    `on_released(ref)`: always last and exactly once: the transport reads the source blocks no more.
     """
 
     def __init__(
@@ -29,12 +45,38 @@ class KVSource:
         on_cancel: Callable[[OrderRef, str], None],
         on_released: Callable[[OrderRef], None],
         settings: KVSettings | None = None,
+        faults: Faults | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._server = server
+        self._region = region
+        self._host_id = host_id
+        self._settings = settings or KVSettings()
+        self._context = SourceContext(
+            server.worker_id, self._settings, server.reactor, Grids(region.buffer), region.buffer, on_order, on_cancel, on_released, faults
+        )
+        self._lock = self._context.lock
+        self._edges: dict[int, SourceEdge] = {}
+        self._numbers = count(1)
+        self._listener: socket | None = None
+        self._unix_name = ""
+        if region.fd is not None:
+            self._listener, self._unix_name = listen_abstract("kv")
+            self._listener.setblocking(False)
+            server.reactor.post(server.reactor.loop.add_reader, self._listener, self._accept)
+        for kind in (PeerKind.DECODE, PeerKind.KV_DATA, PeerKind.KV_REGION):
+            server.plug(kind, self)
 
     def accept(self, ref: OrderRef, layout: KVLayout) -> None:
         """Say in which layout the source blocks lie. Raises LayoutMismatch, after failing the order, when the grant's differs."""
-        raise NotImplementedError
+        with self._lock:
+            order = self._find(ref)
+            if order is None:
+                return
+            try:
+                order.accept(layout)
+            except LayoutMismatch as error:
+                self.fail(ref, error)
+                raise
 
     def push(self, ref: OrderRef, layer_lo: int, layer_hi: int, src_block_ids: Sequence[int], first_block: int) -> bool:
         """Layers [layer_lo, layer_hi) of these source blocks are final: move them to the granted blocks from number `first_block` on.
@@ -44,19 +86,149 @@ class KVSource:
         No ids: nothing happens. False when the order has ended meanwhile (ignored). Raises GrantViolation for layers or blocks
         outside the order, out of the region, or pushed before.
         """
-        raise NotImplementedError
+        with self._lock:
+            order = self._find(ref)
+            if order is None:
+                return False
+            if len(src_block_ids):
+                order.push(layer_lo, layer_hi, src_block_ids, first_block, self._region.nbytes)
+                self._edges[ref.edge].push(order, layer_lo, layer_hi, src_block_ids, first_block)
+            return True
 
     def commit(self, ref: OrderRef, prefilled: Prefilled) -> bool:
         """All was pushed; the sink may commit. False when the order has ended meanwhile. Raises GrantViolation if something is missing."""
-        raise NotImplementedError
+        with self._lock:
+            order = self._find(ref)
+            if order is None:
+                return False
+            if prefilled.sequence_id != order.prefill.sequence_id:
+                raise GrantViolation(f"sequence {prefilled.sequence_id} commits the order of {order.prefill.sequence_id}")
+            order.commit()
+            self._edges[ref.edge].push_commit(order, prefilled)
+            return True
 
     def fail(self, ref: OrderRef, error: PolymuxError) -> bool:
         """The prefill failed; the sink gets KVFailed(error). False when the order has ended meanwhile."""
-        raise NotImplementedError
+        with self._lock:
+            order = self._find(ref)
+            if order is None:
+                return False
+            order.state = SourceState.FAILED
+            self._edges[ref.edge].say_failed(order, error)
+            return True
 
     def snapshot(self) -> tuple[EdgeStats, ...]:
-        raise NotImplementedError
+        with self._lock:
+            return tuple(edge.stats() for edge in self._edges.values())
 
     def close(self) -> None:
-        """Fence every edge; outstanding orders are cancelled and released before this returns."""
-        raise NotImplementedError
+        """Fence every edge; outstanding orders are cancelled and released before this returns. May be called twice."""
+        reactor = self._server.reactor
+        if not reactor.loop.is_closed():
+            reactor.run(self._shut())
+
+    async def _shut(self) -> None:
+        self.stop()
+
+    def _find(self, ref: OrderRef) -> SourceOrder | None:
+        edge = self._edges.get(ref.edge)
+        order = edge.orders.get(ref.transfer_id) if edge else None
+        return order if order is not None and order.is_active else None
+
+    # The acceptor of decode workers; in the reactor's thread.
+
+    def decide(self, intro: Introduction) -> bytes:
+        if intro.kind is PeerKind.DECODE:
+            self._check_offer(intro)
+        else:
+            edge = self._joined(intro)
+            if edge.has_joined(intro.kind):
+                raise WireError(f"edge {edge.number} has its {intro.kind} connection already")
+        return b""
+
+    def install(self, intro: Introduction, sock: socket) -> None:
+        if intro.kind is PeerKind.DECODE:
+            self._open_edge(decode_as(EdgeOffer, intro.body), sock)
+            return
+        try:
+            edge = self._joined(intro)
+            if intro.kind is PeerKind.KV_DATA:
+                edge.attach_data(sock)
+            else:
+                edge.attach_fence(sock)
+                self._hand_over(sock)
+        except (PolymuxError, OSError) as error:
+            log.info("kv.join_failed peer=%s error=%s", intro.peer_id, error)
+            sock.close()
+
+    def stop(self) -> None:
+        """The server stops, or we do."""
+        if self._listener is not None:
+            self._server.reactor.loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        for edge in list(self._edges.values()):
+            edge.shut(PeerLost("the prefill worker stops"))
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        tune(sock)
+        self._server.greet(sock)
+
+    def _check_offer(self, intro: Introduction) -> None:
+        sink = decode_as(EdgeOffer, intro.body).sink
+        if sink.worker_id != intro.peer_id:
+            raise WireError(f"peer {intro.peer_id} offers an edge of {sink.worker_id}")
+        newest = max((edge.sink.epoch for edge in self._edges_of(sink.worker_id)), default=sink.epoch)
+        if sink.epoch < newest:
+            raise StaleEpoch(f"worker {sink.worker_id} has epoch {newest}; {sink.epoch} is gone")
+
+    def _edges_of(self, worker_id: WorkerId) -> list[SourceEdge]:
+        return [edge for edge in self._edges.values() if edge.sink.worker_id == worker_id]
+
+    def _joined(self, intro: Introduction) -> SourceEdge:
+        join = decode_as(JoinEdge, intro.body)
+        edge = self._edges.get(join.edge)
+        if edge is None or not secrets.compare_digest(edge.secret, join.secret):
+            raise PeerLost(f"edge {join.edge} does not exist any more")
+        return edge
+
+    def _open_edge(self, offer: EdgeOffer, sock: socket) -> None:
+        for older in self._edges_of(offer.sink.worker_id):
+            older.shut(PeerLost(f"worker {offer.sink.worker_id} connected anew"))
+        epoch = self._server.epoch
+        assert epoch is not None  # the handshake compared it
+        edge = SourceEdge(self._context, next(self._numbers), epoch, offer.sink, sock, self._forget)
+        with self._lock:
+            self._edges[edge.number] = edge
+        edge.begin(self._terms(edge, epoch))
+
+    def _terms(self, edge: SourceEdge, epoch: Epoch) -> EdgeTerms:
+        identity = Peer(worker_id=self._server.worker_id, epoch=epoch, address="", host_id=self._host_id)
+        spoken = BACKENDS if self._settings.backend == "auto" else (self._settings.backend,)
+        backends = tuple(name for name in spoken if name != "shm" or self._unix_name)
+        return EdgeTerms(
+            edge=edge.number,
+            secret=edge.secret,
+            source=identity,
+            region_bytes=self._region.nbytes,
+            backends=backends,
+            unix_name=self._unix_name,
+        )
+
+    def _hand_over(self, sock: socket) -> None:
+
+        fd = self._region.read_only_fd()
+        try:
+            send_fd(sock, fd)
+        finally:
+            os.close(fd)
+
+    def _forget(self, edge: SourceEdge) -> None:
+        log.info("kv.edge_lost peer=%s backend=%s why=%s", edge.sink.worker_id, edge.backend, edge.lost)
+        with self._lock:
+            del self._edges[edge.number]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from polymux.transport.errors import ConfigError, PolymuxError
 from polymux.transport.messages import Prefilled
@@ -83,3 +84,29 @@ class EdgeStats:
     seconds: float  # from order to commit, summed over the committed
     num_outstanding: int
     bytes_outstanding: int
+
+
+@dataclass(slots=True)
+class EdgeCounters:
+    """What an edge counts as it goes; its owner's lock guards it."""
+
+    bytes: int = 0
+    moves: int = 0
+    committed: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    stale_moves: int = 0
+    seconds: float = 0.0
+
+    def stats(self, peer: WorkerId, backend: str, num_outstanding: int, bytes_outstanding: int) -> EdgeStats:
+        return EdgeStats(
+            peer=peer,
+            backend=backend,
+            bytes=self.bytes,
+            moves=self.moves,
+            committed=self.committed,
+            failed=tuple(sorted(self.failed.items())),
+            stale_moves=self.stale_moves,
+            seconds=self.seconds,
+            num_outstanding=num_outstanding,
+            bytes_outstanding=bytes_outstanding,
+        )

@@ -79,7 +79,7 @@ class EdgeOffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeTerms:
-    """Prefill worker's part, in its Welcome. `unix_name` is the abstract socket that hands the region over; "" when there is none."""
+    """Prefill worker's part, its first frame. `unix_name` is the abstract socket that hands the region over; "" when there is none."""
 
     edge: int
     secret: bytes  # names this edge on its second connection
@@ -109,7 +109,8 @@ class EdgeOpen:
 class Move:
     """Layers [layer_lo, layer_hi) of these source blocks are final, and go to the grant's blocks from number `first_block` on.
 
-    `seq` counts the moves of the edge from 0 without a gap. `crc32` is over the bytes in block order, where this move is sampled.
+    `seq` counts the moves of the edge from 0 without a gap. `crc32` is over the first `num_checked_blocks` blocks' bytes in order; 0
+    where this move is not sampled.
     """
 
     seq: int
@@ -120,7 +121,9 @@ class Move:
     layer_hi: int
     first_block: int
     src_block_ids: PackedIds
-    crc32: int | None
+    num_bytes: int
+    num_checked_blocks: int
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,10 @@ class BlockGrid:
         self.buffer = buffer[: self.num_blocks * layout.block_bytes]
         item = next(n for n in (8, 4, 2, 1) if layout.layer_bytes % n == 0)
         flat: NDArray[Any] = np.frombuffer(self.buffer, dtype=f"u{item}")
+        self.address = flat.ctypes.data
         self.array = flat.reshape(self.num_blocks, layout.num_layers, layout.layer_bytes // item)
 
-    def check(self, block_ids: list[int]) -> None:
+    def check(self, block_ids: Sequence[int]) -> None:
         """Raise GrantViolation unless every id is a block of this grid."""
         for block_id in block_ids:
             if not 0 <= block_id < self.num_blocks:
@@ -102,3 +104,17 @@ class BlockGrid:
         """The bytes of layers [layer_lo, layer_hi) of one block."""
         start = block_id * self.layout.block_bytes
         return self.buffer[start + layer_lo * self.layout.layer_bytes : start + layer_hi * self.layout.layer_bytes]
+
+
+class Grids:
+    """The grids over one buffer, made once per layout."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer = buffer
+        self._grids: dict[KVLayout, BlockGrid] = {}
+
+    def of(self, layout: KVLayout) -> BlockGrid:
+        grid = self._grids.get(layout)
+        if grid is None:
+            grid = self._grids[layout] = BlockGrid(self._buffer, layout)
+        return grid

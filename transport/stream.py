@@ -44,6 +44,9 @@ class Acceptor(Protocol):
     def install(self, intro: Introduction, sock: socket.socket) -> None:
         """The peer was let in; the socket is the acceptor's from here on."""
 
+    def stop(self) -> None:
+        """Close every connection; the server goes."""
+
 
 class WorkerServer:
     """One listening socket and its thread. `on_command` and `on_client_lost` come from that thread and must be quick.
@@ -118,7 +121,8 @@ class WorkerServer:
         for task in self._handshakes:
             task.cancel()
         await asyncio.gather(*self._handshakes, return_exceptions=True)
-        self._clients.close()
+        for acceptor in set(self._acceptors.values()):
+            acceptor.stop()
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -198,7 +202,7 @@ class _Clients:
             self._is_sweeping = True
             self._server.reactor.loop.call_later(_SWEEP_S, self._sweep)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         for channel in list(self.channels.values()):
             channel.close(PeerLost("the worker stops"))
 
