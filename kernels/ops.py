@@ -1,0 +1,84 @@
+"""The one door: what models call. Each operation runs its device's implementation; a device without one, the reference."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from polymux.kernels import kv_write as _kv_write
+from polymux.kernels import linear as _linear
+from polymux.kernels import norm_rope_act as _fused
+from polymux.kernels import onednn, reference
+from polymux.kernels.attend_decode import attend_group
+from polymux.kernels.attend_plan import AttentionPlan
+from polymux.kernels.attend_prefill import attend_chunk
+from polymux.kernels.paged import CacheShape, WritePlan
+
+
+class PagedCache:
+    """One worker's cache of one layout, kv [N, L, 2, Hkv, S, D], with the views and the scratch memory that the operations want."""
+
+    def __init__(self, kv: Tensor) -> None:
+        self.kv = kv
+        self.shape = CacheShape.of(kv)
+        self.rows = self.shape.layer_rows(kv)
+        self.strips = self.shape.layer_strips(kv)
+        self._scratch = torch.empty(0, dtype=kv.dtype, device=kv.device)
+
+    def scratch(self, plan: AttentionPlan) -> Tensor:
+        """Room for the plan's largest tile."""
+        tiles = [*(group.tiles for group in plan.groups), *(chunk.tiles for chunk in plan.chunks)]
+        wanted = max((tile.strips.shape[0] for tile in chain(*tiles)), default=0) * self.shape.block_size * self.shape.head_dim
+        if wanted > self._scratch.shape[0]:
+            self._scratch = torch.empty(wanted, dtype=self.kv.dtype, device=self.kv.device)
+        return self._scratch
+
+
+def embed(table: Tensor, token_ids: Tensor, hidden_size: int) -> Tensor:
+    """Rows [T, hidden_size] of a plain table [V, H] or of a packed one's row view, which has four dimensions."""
+    return reference.embed(table, token_ids) if table.dim() == 2 else onednn.embed(table, token_ids)[:, :hidden_size]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _fused.rms_norm(x, weight, eps) if x.is_cpu else reference.rms_norm(x, weight, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _fused.rotate(x, cos, sin) if x.is_cpu else reference.rotate(x, cos, sin)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _linear.linear(x, weight, bias) if x.is_cpu else reference.linear(x, weight, bias)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return _linear.linear_add(x, weight, bias, residual) if x.is_cpu else reference.linear_add(x, weight, bias, residual)
+
+
+def gated_linear(x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None) -> Tensor:
+    function = _linear.gated_linear if x.is_cpu else reference.gated_linear
+    return function(x, gate, gate_bias, up, up_bias)
+
+
+def kv_write(cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: WritePlan) -> None:
+    """k and v [T, Hkv, D]; rows past those of the plan are padding and are not written."""
+    num_tokens = plan.k_rows.shape[0]
+    _kv_write.kv_write(cache.rows[layer], k[:num_tokens], v[:num_tokens], plan)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: PagedCache, layer: int, plan: AttentionPlan, scale: float, out: Tensor) -> None:
+    """q [T, Hq, D], with k and v [T, Hkv, D] in the cache already; fills out [T, Hq, D] but for padding rows."""
+    if not q.is_cpu:
+        for span in plan.spans:
+            rows = slice(span.start, span.start + span.num_tokens)
+            out[rows] = reference.attend(q[rows], cache.kv, layer, span.block_ids, span.context_len, plan.window, scale)
+        return
+    folded = (-1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
+    strips, scratch = cache.strips[layer], cache.scratch(plan)
+    q, out = q.view(folded), out.view(folded)
+    for group in plan.groups:
+        attend_group(q, strips, group, scratch, scale, out)
+    for chunk in plan.chunks:
+        attend_chunk(q, k, v, strips, chunk, scratch, scale, out)
