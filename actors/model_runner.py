@@ -1,0 +1,135 @@
+"""The model runner: binds weight images in the arena to decoder skeletons, and turns batches of sequences into tensors and logits.
+
+A skeleton is built once for each architecture shape; a model of that shape costs a bind, which makes views and copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from polymux.actors.models.config import ArchConfig
+from polymux.actors.models.decoder import INVARIANT_ROWS, Decoder, ModelWeights, Step
+from polymux.actors.weights.bind import bind_weights
+from polymux.actors.weights.image import DTYPES, ImageManifest
+from polymux.kernels.attend_plan import Planner
+from polymux.kernels.ops import PagedCache
+from polymux.kernels.paged import plan_writes
+from polymux.transport.errors import ConfigError
+
+ROW_STEP = 16  # beyond so many, rows are padded to a multiple: each count of rows costs oneDNN a set of kernels of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSlice:
+    """One sequence's part of a step."""
+
+    start: int  # first row in the flat token batch
+    num_tokens: int  # rows: 1 in decode, a chunk in prefill
+    context_len: int  # tokens already in the cache before these
+    block_ids: Sequence[int]  # covers context_len + num_tokens slots, in order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    token_ids: Tensor  # [T] int64
+    slices: tuple[SequenceSlice, ...]  # in row order, disjoint, covering T
+    logits_rows: Tensor | None  # [R] int64 rows whose logits are wanted; None: the last row of every slice
+
+
+class ModelRunner:
+    """One per worker. Not thread-safe: the engine thread owns it."""
+
+    def __init__(self, *, batch_invariant: bool = False, device: str = "cpu") -> None:
+        self.batch_invariant = batch_invariant
+        self.device = torch.device(device)
+        self._skeletons: dict[tuple[ArchConfig, torch.dtype], Decoder] = {}
+
+    def bind(self, manifest: ImageManifest, weights: Tensor, kv: Tensor) -> BoundModel:
+        """A model ready to run, over the uint8 image `weights` and the cache `kv` [N, L, 2, Hkv, S, D]; both must outlive it.
+
+        Raises CheckpointError or WireError for an image that cannot be run, ConfigError for a cache of another shape.
+        """
+        config = ArchConfig.from_json(manifest.config_json, "the weight image's config.json")
+        dtype = DTYPES[manifest.dtype]
+        layout = config.kv_layout(manifest.dtype)
+        wanted = (layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        if tuple(kv.shape[1:]) != wanted or kv.dtype != dtype or not kv.is_contiguous():
+            raise ConfigError(f"kv of shape {tuple(kv.shape)} and {kv.dtype} is not contiguous blocks of {wanted} and {dtype}")
+        skeleton = self._skeletons.get((config, dtype))
+        if skeleton is None:
+            skeleton = Decoder(config, dtype, self.device, batch_invariant=self.batch_invariant)
+            self._skeletons[config, dtype] = skeleton
+        return BoundModel(skeleton, bind_weights(config, manifest, weights), PagedCache(kv), self.device)
+
+
+class BoundModel:
+    """One model's weights, in place, with the skeleton that computes them."""
+
+    def __init__(self, skeleton: Decoder, weights: ModelWeights, cache: PagedCache, device: torch.device) -> None:
+        self.config = skeleton.config
+        self._skeleton = skeleton
+        self._weights = weights
+        self._cache = cache
+        self._device = device
+        self._planner = Planner(cache.shape, cache.kv.element_size(), device, skeleton.batch_invariant)
+
+    def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """fp32 logits [R, vocab]; `on_layer(i)` is called once layer i's K and V of this batch are in the cache."""
+        with torch.inference_mode():
+            return self._skeleton.forward(self._weights, self._cache, self._step(batch), on_layer)
+
+    def _step(self, batch: ForwardBatch) -> Step:
+        slices, num_tokens = batch.slices, batch.token_ids.shape[0]
+        assert sum(s.num_tokens for s in slices) == num_tokens, "the slices do not cover the batch"
+        wanted = batch.logits_rows
+        if wanted is None and any(s.num_tokens > 1 for s in slices):
+            wanted = torch.tensor([s.start + s.num_tokens - 1 for s in slices], device=self._device)
+        token_ids = batch.token_ids.to(self._device)
+        order = _by_length(slices)
+        if order is not None:
+            slices, token_ids, wanted = _reorder(slices, token_ids, wanted, order)
+        positions = [p for s in slices for p in range(s.context_len, s.context_len + s.num_tokens)]
+        padding = self._padded(num_tokens) - num_tokens
+        if padding and wanted is None:
+            wanted = torch.arange(num_tokens, device=self._device)
+        windows = dict.fromkeys(self.config.windows)
+        return Step(
+            token_ids=torch.nn.functional.pad(token_ids, (0, padding)) if padding else token_ids,
+            positions=torch.tensor(positions + [0] * padding, device=self._device),
+            max_position=max(positions),
+            writes=plan_writes(slices, self._cache.shape, self._device),
+            attention={window: self._planner.plan(slices, window) for window in windows},
+            logits_rows=wanted,
+        )
+
+    def _padded(self, num_tokens: int) -> int:
+        step = INVARIANT_ROWS if self._skeleton.batch_invariant else ROW_STEP if num_tokens > ROW_STEP else 1
+        return -(-num_tokens // step) * step
+
+
+def _by_length(slices: Sequence[SequenceSlice]) -> list[int] | None:
+    """The order in which single tokens come first, those of long contexts before those of short; None when it is that already."""
+    keys = [(s.num_tokens > 1, -s.context_len) for s in slices]
+    order = sorted(range(len(slices)), key=lambda i: keys[i][:1] if keys[i][0] else keys[i])
+    return None if order == list(range(len(slices))) else order
+
+
+def _reorder(
+    slices: Sequence[SequenceSlice], token_ids: Tensor, wanted: Tensor | None, order: Sequence[int]
+) -> tuple[tuple[SequenceSlice, ...], Tensor, Tensor]:
+    """The slices in `order`, their tokens moved along, and where the wanted rows went; all rows in their old order when none were named."""
+    moved: list[SequenceSlice] = []
+    rows: list[int] = []
+    start = 0
+    for i in order:
+        moved.append(replace(slices[i], start=start))
+        rows += range(slices[i].start, slices[i].start + slices[i].num_tokens)
+        start += slices[i].num_tokens
+    source = torch.tensor(rows, device=token_ids.device)
+    place = torch.empty_like(source)
+    place[source] = torch.arange(len(rows), device=token_ids.device)
+    return tuple(moved), token_ids[source], place if wanted is None else place[wanted]

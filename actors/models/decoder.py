@@ -1,0 +1,130 @@
+"""The decoder skeleton: one forward pass for Llama, Mistral, Qwen2 and Qwen3, given whichever weights are bound to it.
+
+It holds no weights. What a layer has (biases, head norms) shows in its `LayerWeights`, so nothing here asks which architecture it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polymux.actors.models.config import ArchConfig
+from polymux.actors.models.rope import RotaryTable
+from polymux.kernels import ops
+from polymux.kernels.attend_plan import AttentionPlan
+from polymux.kernels.paged import WritePlan
+
+INVARIANT_ROWS = 16  # token rows in every product under `batch_invariant`
+
+RowFunction = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Views of the arena; linear weights plain [out, in] or packed."""
+
+    input_norm: Tensor
+    qkv: Tensor  # [q_size + 2 kv_size, hidden]
+    qkv_bias: Tensor | None
+    head_norms: Tensor | None  # [Hq + Hkv, D]: q's norm weight for each query head, then k's
+    output: Tensor
+    output_bias: Tensor | None
+    post_norm: Tensor
+    gate: Tensor
+    gate_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    embedding: Tensor  # [V, H], or a row view of a packed head that is tied to it
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    head: Tensor  # [V, H]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass as tensors. Rows past the real tokens are padding: computed, written nowhere and read by no one."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    max_position: int
+    writes: WritePlan
+    attention: Mapping[int | None, AttentionPlan]  # by window
+    logits_rows: Tensor | None  # [R] int64; None: every row, in order
+
+
+class Decoder:
+    """The pass for one architecture shape and dtype: rotary tables and constants, and the order of operations."""
+
+    def __init__(self, config: ArchConfig, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool) -> None:
+        self.config = config
+        self.batch_invariant = batch_invariant
+        self._dtype = dtype
+        self._rotary = RotaryTable(config, dtype, device)
+        self._scale = config.head_dim**-0.5
+        self._num_qk_heads = config.num_heads + config.num_kv_heads
+
+    def forward(self, weights: ModelWeights, cache: ops.PagedCache, step: Step, on_layer: Callable[[int], None] | None) -> Tensor:
+        """Logits [R, V] fp32; the K and V of the step's tokens are in the cache afterwards."""
+        config = self.config
+        cos, sin = self._rotary.at(step.positions, step.max_position)
+        x = ops.embed(weights.embedding, step.token_ids, config.hidden_size)
+        attended = x.new_zeros(x.shape[0], config.num_heads, config.head_dim)
+        for i, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
+            q, k, v = self._by_rows(self._project, layer, x, cos, sin)
+            ops.kv_write(cache, i, k, v, step.writes)
+            if on_layer is not None:
+                on_layer(i)
+            ops.attend(q, k, v, cache, i, step.attention[window], self._scale, attended)
+            (x,) = self._by_rows(self._mix, layer, x, attended)
+        if step.logits_rows is not None:
+            x = x[step.logits_rows]
+        if not x.shape[0]:
+            return torch.empty(0, config.vocab_size, device=x.device)
+        (logits,) = self._by_rows(self._predict, weights, x)
+        return logits.float()
+
+    def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """q [T, Hq, D] and k [T, Hkv, D], rotated, and v [T, Hkv, D]."""
+        config, num_qk = self.config, self._num_qk_heads
+        hidden = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        heads = ops.linear(hidden, layer.qkv, layer.qkv_bias).view(x.shape[0], -1, config.head_dim)
+        qk, v = heads[:, :num_qk], heads[:, num_qk:]
+        if layer.head_norms is not None:
+            qk = ops.rms_norm(qk, layer.head_norms, config.rms_norm_eps)
+        qk = ops.rotate(qk, cos, sin)
+        return qk[:, : config.num_heads], qk[:, config.num_heads :], v
+
+    def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+        x = ops.linear_add(attended.flatten(1), layer.output, layer.output_bias, x)
+        hidden = ops.rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
+        hidden = ops.gated_linear(hidden, layer.gate, layer.gate_bias, layer.up, layer.up_bias)
+        return (ops.linear_add(hidden, layer.down, layer.down_bias, x),)
+
+    def _predict(self, weights: ModelWeights, x: Tensor) -> tuple[Tensor, ...]:
+        return (ops.linear(ops.rms_norm(x, weights.final_norm, self.config.rms_norm_eps), weights.head),)
+
+    def _by_rows(self, function: RowFunction, weights: LayerWeights | ModelWeights, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Apply a row-wise function to all rows at once; under `batch_invariant` to so many at a time, always as many, padded with zeros.
+
+        A product's bits may depend on how many rows it has, never on what the other rows are.
+        """
+        num_rows = inputs[0].shape[0]
+        if not self.batch_invariant:
+            return function(weights, *inputs)
+        pieces = []
+        for start in range(0, num_rows, INVARIANT_ROWS):
+            parts = [x[start : start + INVARIANT_ROWS] for x in inputs]
+            missing = INVARIANT_ROWS - parts[0].shape[0]
+            if missing:
+                parts = [torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) for x in parts]
+            pieces.append(function(weights, *parts))
+        return tuple(torch.cat(column)[:num_rows] for column in zip(*pieces, strict=True))
