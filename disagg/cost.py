@@ -4,8 +4,8 @@ A fit is recursive least squares with forgetting, in information form: `gram` an
 observation divided by its predicted time, so that errors count in per cent and short steps are not drowned by long ones.
 - Coefficients are the exact non-negative least squares (three features at most: every subset of them is tried), so a prediction is never
   negative and never falls when work is added.
-- A time further from its prediction than is usual counts as one at the edge of usual: a page fault or a neighbour's burst does
-  not move the fit, a lasting change does, because it widens what is usual.
+- A time further from its prediction than is usual counts as one at the edge of usual, and lets the past count for less: a page fault or a
+  neighbour's burst hardly moves the fit, a lasting change widens what is usual and is followed within some dozens of steps.
 - What was never observed keeps the proportions of the guess at the learned level: the guess stays in the sums, ever fainter.
 """
 
@@ -24,6 +24,7 @@ from polymux.transport.messages import ITEM_BYTES, ModelSpec
 Vector = tuple[float, ...]
 
 FORGETTING = 0.99  # an observation's weight falls to 1/e after a hundred others
+SURPRISED = 0.8  # the same for a time that is out of the usual: the past counts for less
 GUESS_WEIGHT = 1.0  # of the guess, in observations
 EDGE = 3.0  # how many usual deviations count in full
 MIN_SPREAD = 0.02
@@ -91,13 +92,16 @@ class Fit:
         expected_s = self.predict(features)
         edge = 1.0 + EDGE * self.spread
         ratio = min(max(seconds / expected_s, 1 / edge), edge)
+        keep = FORGETTING if 1 / edge < ratio < edge else SURPRISED
         deviation = max(ratio, 1 / ratio) - 1.0
         rate = max(1 / 16, 1 / (self.num_observed + 2))
-        x = [feature / expected_s for feature in features]
-        gram = tuple([FORGETTING * g + x[i] * x[j] for g, (i, j) in zip(self.gram, _TRIANGLES[len(x)], strict=True)])
-        cross = tuple([FORGETTING * c + xi * ratio for c, xi in zip(self.cross, x, strict=True)])
-        ratio_sum = FORGETTING * self.ratio_sum + ratio * expected_s / dot(self.guess, features)
-        weight = FORGETTING * self.weight + 1.0
+        unit_s = seconds if seconds > 2 * expected_s else expected_s  # by a prediction far too low, this step would outweigh all others
+        x = [feature / unit_s for feature in features]
+        y = ratio * expected_s / unit_s
+        gram = tuple([keep * g + x[i] * x[j] for g, (i, j) in zip(self.gram, _TRIANGLES[len(x)], strict=True)])
+        cross = tuple([keep * c + xi * y for c, xi in zip(self.cross, x, strict=True)])
+        ratio_sum = keep * self.ratio_sum + ratio * expected_s / dot(self.guess, features)
+        weight = keep * self.weight + 1.0
         return Fit(
             guess=self.guess,
             anchors=self.anchors,

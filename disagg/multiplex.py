@@ -104,11 +104,11 @@ class WeightedRoundRobin:
     def quotas(self, batches: Sequence[BatchView]) -> dict[ModelName, float]:
         """Seconds for each model of a round, none above `max_quota_s`."""
         steps = {batch.model: batch.tpot_slo_s / max(batch.step_s, 1e-6) for batch in batches}
-        switch_s = sum(batch.switch_s for batch in batches)
+        switch_s = math.fsum(batch.switch_s for batch in batches)  # exact, so the order of the view does not matter
         if switch_s <= 0:
             loosest_s = max(batch.tpot_slo_s for batch in batches)
             return {b.model: min(b.step_s * loosest_s / b.tpot_slo_s, self.max_quota_s) for b in batches}
-        load = sum(1 / n for n in steps.values())
+        load = math.fsum(1 / n for n in steps.values())
         alpha = max(switch_s / (min(steps.values()) * self.max_quota_s) + load, self.min_alpha)
         return {model: switch_s / (n * (alpha - load)) for model, n in steps.items()}
 
@@ -138,4 +138,4 @@ def round_load(batches: Sequence[BatchView], max_quota_s: float = 4.0) -> float:
     steps = [batch.tpot_slo_s / max(batch.step_s, 1e-6) for batch in batches]
     if not steps:
         return 0.0
-    return math.fsum(1 / n for n in steps) + sum(batch.switch_s for batch in batches) / (min(steps) * max_quota_s)
+    return math.fsum(1 / n for n in steps) + math.fsum(batch.switch_s for batch in batches) / (min(steps) * max_quota_s)
