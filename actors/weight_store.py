@@ -50,7 +50,7 @@ class WeightStore:
 
     def __init__(self, *, budget_bytes: int, layout: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._budget_bytes = budget_bytes
-        self._layout = layout
+        self._layout = "onednn" if layout == "auto" else layout  # plain by itself where the CPU cannot multiply packed weights
         self._clock = clock
         self._models: dict[ModelName, _Stored] = {}
         self._lock = threading.Lock()  # of the table and the budget
