@@ -1,0 +1,279 @@
+"""The request path without HTTP: models and their tokenizers, admission, connections to workers, open requests, readiness.
+
+One object per front-door replica, in one event loop. `deploy/http/api.py` puts HTTP on top; tests and benchmarks use it as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from polymux.actors.tokenizer import Tokenizer
+from polymux.deploy.http.choice import Choice
+from polymux.deploy.http.generation import Defaults, Generation
+from polymux.deploy.http.links import Links
+from polymux.deploy.http.request import OpenRequest
+from polymux.deploy.http.settings import FrontDoorSettings
+from polymux.deploy.metrics import Metrics
+from polymux.transport.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    ModelNotFound,
+    Overloaded,
+    PeerLost,
+    PolymuxError,
+    Refused,
+    WorkerLost,
+)
+from polymux.transport.messages import Admit, ModelSpec, Placement, Release
+from polymux.transport.units import ClientId, ModelName
+
+log = logging.getLogger("polymux.frontdoor")
+
+T = TypeVar("T")
+RELEASE_ATTEMPTS = 3
+TOPOLOGY_TTL_S = 0.5  # how long a snapshot serves /ready and /metrics
+TOPOLOGY_TIMEOUT_S = 2.0
+
+
+class ControlPlane(Protocol):
+    """The controller, from where front doors stand. Every method may raise any PolymuxError; PeerLost means that nobody answers.
+
+    `admit` of a request id that is in the books already is a replay: workers in `excluded` are replaced, the others stay.
+    `release` of one that is not in the books does nothing: the front door sends one after every `admit`, refused ones included.
+    `topology` is plain data: `is_ready`, `reasons`, `workers`, `models` of `cluster.topology.Topology`.
+    """
+
+    async def admit(self, ask: Admit) -> Placement: ...
+
+    async def release(self, release: Release) -> None: ...
+
+    async def models(self) -> tuple[ModelSpec, ...]: ...
+
+    async def topology(self) -> dict[str, Any]: ...
+
+    async def heartbeat(self, client_id: ClientId) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model as the front door needs it to turn text into a plan."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    defaults: Defaults
+
+
+class FrontDoor:
+    """`start` it in the loop that serves; `drain` refuses what is new; `aclose` waits for what is open, then lets go."""
+
+    def __init__(self, settings: FrontDoorSettings, control: ControlPlane, *, metrics: Metrics | None = None) -> None:
+        self.settings = settings
+        self.metrics = metrics or Metrics()
+        self._control = control
+        self._links = Links(settings)
+        self._open: set[OpenRequest] = set()
+        self._is_draining = False
+        self._has_ended = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heartbeat: asyncio.Task[None] | None = None
+        self._specs: tuple[ModelSpec, ...] = ()
+        self._specs_until_s = 0.0
+        self._loaded: dict[ModelName, asyncio.Task[LoadedModel]] = {}
+        self._topology: dict[str, Any] | None = None
+        self._topology_until_s = 0.0
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to tell the controller that this front door lives. May be called twice."""
+        if self._heartbeat is None:
+            self._heartbeat = asyncio.get_running_loop().create_task(self._beat())
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; open ones go on."""
+        self._is_draining = True
+
+    async def aclose(self) -> None:
+        """Wait for open requests within the drain time-out, cancel the rest, close all connections. May be called twice."""
+        self.drain()
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout_s):
+                while self._open:
+                    self._has_ended.clear()
+                    await self._has_ended.wait()
+        except TimeoutError:
+            for request in list(self._open):
+                request.fail(Draining("the server is shutting down"))
+            await asyncio.sleep(0)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            await asyncio.gather(self._heartbeat, return_exceptions=True)
+        await self._links.close()
+
+    @property
+    def num_open_requests(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_open_links(self) -> int:
+        return self._links.num_open
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    async def models(self) -> tuple[ModelSpec, ...]:
+        """Every registered model, parked ones too; the last known ones while the controller cannot be reached."""
+        if time.monotonic() >= self._specs_until_s:
+            try:
+                self._specs = await self._call(self._control.models(), self.settings.control_timeout_s)
+            except Overloaded:
+                if not self._specs:
+                    raise
+            self._specs_until_s = time.monotonic() + self.settings.models_ttl_s
+        return self._specs
+
+    async def spec(self, name: str) -> ModelSpec:
+        """Raises ModelNotFound."""
+        for spec in await self.models():
+            if spec.model == name:
+                return spec
+        raise ModelNotFound(f"model {name[:100]!r} is not registered here; GET /v1/models lists those that are", param="model")
+
+    async def model(self, name: str) -> LoadedModel:
+        """A registered model with its tokenizer, read at its first use. Raises ModelNotFound, CheckpointError."""
+        spec = await self.spec(name)
+        task = self._loaded.get(spec.model)
+        if task is not None and task.done() and (task.cancelled() or task.exception() or task.result().spec != spec):
+            task = None
+        if task is None:
+            task = self._loaded[spec.model] = asyncio.get_running_loop().create_task(self._load(spec))
+            self._forget_unregistered()
+        return await asyncio.shield(task)
+
+    async def _load(self, spec: ModelSpec) -> LoadedModel:
+        tokenizer, defaults = await asyncio.to_thread(lambda: (Tokenizer.open(spec.path), Defaults.read(spec.path)))
+        log.info("model.loaded model=%s path=%s", spec.model, spec.path)
+        return LoadedModel(spec=spec, tokenizer=tokenizer, defaults=defaults)
+
+    def _forget_unregistered(self) -> None:
+        for name in self._loaded.keys() - {spec.model for spec in self._specs}:
+            del self._loaded[name]
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def open(self, generation: Generation, tokenizer: Tokenizer) -> AsyncIterator[OpenRequest]:
+        """An admitted request, to iterate. Leaving the context ends it, whatever the way: workers stop, the controller is told once.
+
+        Raises Draining, Overloaded, and what the controller refuses with.
+        """
+        if self._is_draining:
+            raise Draining("the server is shutting down; try another", retry_after_s=5.0)
+        if len(self._open) >= self.settings.max_open_requests:
+            raise Overloaded(f"{len(self._open)} requests are open here; try again", retry_after_s=1.0)
+        request = OpenRequest(
+            generation,
+            [Choice(i, one, tokenizer.detokenizer(), generation.stop) for i, one in enumerate(generation.sequences)],
+            settings=self.settings,
+            links=self._links,
+            admission=self,
+            metrics=self.metrics,
+        )
+        self._open.add(request)
+        outcome = "failed"
+        try:
+            await request.start()
+            yield request
+            outcome = "finished" if request.is_finished else "cancelled"
+        except Refused as error:
+            outcome = "refused"
+            self.metrics.rejected(generation.model, error.code or "")
+            raise
+        except (Cancelled, asyncio.CancelledError, GeneratorExit):
+            outcome = "cancelled"
+            raise
+        finally:
+            self._open.discard(request)
+            self._has_ended.set()
+            request.close(outcome)
+
+    async def admit(self, ask: Admit, timeout_s: float) -> Placement:
+        """For open requests. Raises DeadlineExceeded or Overloaded when the controller does not answer in time."""
+        if timeout_s >= self.settings.control_timeout_s:
+            return await self._call(self._control.admit(ask), self.settings.control_timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._control.admit(ask)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed while it waited to be admitted") from None
+
+    def release(self, release: Release) -> None:
+        """For open requests: goes out in the background, a few times if need be; the controller's reaper has the last word."""
+        task = asyncio.get_running_loop().create_task(self._release(release))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _release(self, release: Release) -> None:
+        for attempt in range(RELEASE_ATTEMPTS):
+            try:
+                return await self._call(self._control.release(release), self.settings.control_timeout_s)
+            except PolymuxError as error:
+                log.warning("request.release_failed request=%s attempt=%d reason=%s", release.request_id, attempt, error)
+                await asyncio.sleep(0.2 * 2**attempt)
+        return None
+
+    # -- the controller -----------------------------------------------------------------------------------------------
+
+    async def topology(self) -> dict[str, Any] | None:
+        """The controller's snapshot, at most half a second old; None when it does not answer."""
+        if time.monotonic() >= self._topology_until_s:
+            try:
+                self._topology = await self._call(self._control.topology(), TOPOLOGY_TIMEOUT_S)
+            except PolymuxError as error:
+                log.warning("controller.no_topology reason=%s", error)
+                self._topology = None
+            self._topology_until_s = time.monotonic() + TOPOLOGY_TTL_S
+        return self._topology
+
+    async def unready(self) -> tuple[str, ...]:
+        """Why this front door cannot serve now; empty when it can."""
+        if self._is_draining:
+            return ("draining",)
+        topology = await self.topology()
+        if topology is None:
+            return ("the controller does not answer",)
+        if not topology.get("is_ready"):
+            return tuple(topology.get("reasons", ())) or ("the cluster is not ready",)
+        return ()
+
+    async def _beat(self) -> None:
+        """Tell the controller that we live; say once when it stops answering, once when it answers again."""
+        is_heard = True
+        while True:
+            try:
+                await self._call(self._control.heartbeat(self.settings.client_id), self.settings.control_timeout_s)
+                if not is_heard:
+                    log.info("controller.back")
+                is_heard = True
+            except PolymuxError as error:
+                if is_heard:
+                    log.warning("controller.silent reason=%s", error)
+                is_heard = False
+            await asyncio.sleep(self.settings.heartbeat_interval_s)
+
+    async def _call(self, call: Awaitable[T], timeout_s: float) -> T:
+        """A call to the controller that ends in time. Raises Overloaded when nobody answers, so that clients try again."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await call
+        except TimeoutError:
+            raise Overloaded(f"the controller did not answer within {timeout_s:g} s; try again", retry_after_s=1.0) from None
+        except (PeerLost, WorkerLost) as error:
+            raise Overloaded(f"the controller cannot be reached: {error.message}; try again", retry_after_s=1.0) from error

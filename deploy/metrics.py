@@ -1,0 +1,229 @@
+"""What a front door measures, as Prometheus text: under `polymux:` and, where the field's dashboards look for it, under `vllm:` too.
+
+Recording is a few dictionary look-ups, since it happens for each token; families are built when somebody scrapes. What workers count
+comes from the controller's topology and carries the worker's name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# vLLM's buckets (v1/metrics/buckets.py), with finer ones below 10 ms.
+TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+TPOT_BUCKETS_S = (*(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),)
+LATENCY_BUCKETS_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+BOTH = ("polymux:", "vllm:")
+OWN = ("polymux:",)
+_COUNTER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+Labels = tuple[str, ...]
+
+
+class Histogram:
+    """Counts by bucket; the last bucket is for everything above the highest bound."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Cumulative counts by upper bound, and the sum."""
+        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(self._counts)), strict=True)), self._sum
+
+
+class Metrics:
+    """Of one front-door replica, written by its event loop alone."""
+
+    def __init__(self) -> None:
+        self._ttft = defaultdict[str, Histogram](lambda: Histogram(TTFT_BUCKETS_S))
+        self._itl = defaultdict[str, Histogram](lambda: Histogram(TPOT_BUCKETS_S))
+        self._tpot = defaultdict[str, Histogram](lambda: Histogram(TPOT_BUCKETS_S))
+        self._latency = defaultdict[str, Histogram](lambda: Histogram(LATENCY_BUCKETS_S))
+        self._num_prompt = defaultdict[str, Histogram](lambda: Histogram(TOKEN_BUCKETS))
+        self._num_output = defaultdict[str, Histogram](lambda: Histogram(TOKEN_BUCKETS))
+        self._num_open = defaultdict[str, int](int)
+        self._num_waiting = defaultdict[str, int](int)
+        self._counters = defaultdict[str, defaultdict[Labels, float]](lambda: defaultdict(float))
+
+    # -- what happens to a request ------------------------------------------------------------------------------------
+
+    def arrived(self, model: str, num_prompt_tokens: int) -> None:
+        self._num_open[model] += 1
+        self._num_waiting[model] += 1
+        self._num_prompt[model].observe(num_prompt_tokens)
+        self._counters["prompt_tokens"][(model,)] += num_prompt_tokens
+
+    def first_token(self, model: str, ttft_s: float) -> None:
+        """A request's first token, of whichever of its sequences."""
+        self._num_waiting[model] -= 1
+        self._ttft[model].observe(ttft_s)
+
+    def gap(self, model: str, count: int, gap_s: float) -> None:
+        """`count` tokens of a sequence, `gap_s` after the one before."""
+        self._itl[model].observe(gap_s / count, count)
+
+    def ended(
+        self, model: str, outcome: str, *, num_output_tokens: int, had_token: bool, latency_s: float, tpot_s: float | None, tenant: str
+    ) -> None:
+        self._num_open[model] -= 1
+        if not had_token:
+            self._num_waiting[model] -= 1
+        self._latency[model].observe(latency_s)
+        self._num_output[model].observe(num_output_tokens)
+        self._counters["generation_tokens"][(model,)] += num_output_tokens
+        if tpot_s is not None:
+            self._tpot[model].observe(tpot_s)
+        self._counters["requests"][(model, outcome)] += 1
+        if tenant:
+            self._counters["tenant_tokens"][(tenant,)] += num_output_tokens
+
+    def finished(self, model: str, reason: str) -> None:
+        """A sequence came to its natural end."""
+        self._counters["request_success"][(model, reason)] += 1
+
+    def rejected(self, model: str, code: str) -> None:
+        self._counters["admission_rejections"][(model, code)] += 1
+
+    def replayed(self, model: str) -> None:
+        self._counters["replays"][(model,)] += 1
+
+    def responded(self, path: str, status: int) -> None:
+        self._counters["http_responses"][(path, str(status))] += 1
+
+    # -- what a scrape gets -------------------------------------------------------------------------------------------
+
+    def render(self, topology: Mapping[str, Any] | None) -> bytes:
+        """Prometheus text; `topology` is the controller's latest, where there is one."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Families([*self._families(), *(worker_families(topology) if topology else ())]))
+        return generate_latest(registry)
+
+    def _families(self) -> Iterator[Metric]:
+        model = ("model_name",)
+        waiting: dict[Labels, float] = {(name,): float(count) for name, count in self._num_waiting.items()}
+        running: dict[Labels, float] = {(name,): float(count - self._num_waiting[name]) for name, count in self._num_open.items()}
+        yield from _gauges(BOTH, "num_requests_running", "Open requests of this front door that have a token.", model, running)
+        yield from _gauges(BOTH, "num_requests_waiting", "Open requests of this front door without a token.", model, waiting)
+        for name, doc, labels, prefixes in (
+            ("prompt_tokens", "Prompt tokens of admitted requests.", model, BOTH),
+            ("generation_tokens", "Output tokens of ended requests.", model, BOTH),
+            ("request_success", "Sequences that came to their end.", ("model_name", "finished_reason"), BOTH),
+            ("admission_rejections", "Requests that were refused.", ("model_name", "reason"), BOTH),
+            ("requests", "Requests by how they ended.", ("model_name", "outcome"), OWN),
+            ("replays", "Sequences moved from a lost worker to another.", model, OWN),
+            ("tenant_tokens", "Output tokens by tenant.", ("tenant",), OWN),
+            ("http_responses", "Responses by route and status.", ("path", "status"), OWN),
+        ):
+            yield from _counters(prefixes, name, doc, labels, self._counters[name])
+        for name, doc, histograms, prefixes in (
+            ("time_to_first_token_seconds", "Arrival to first token.", self._ttft, BOTH),
+            ("inter_token_latency_seconds", "One gap between two tokens.", self._itl, BOTH),
+            ("request_time_per_output_token_seconds", "Mean gap of a request.", self._tpot, BOTH),
+            ("e2e_request_latency_seconds", "Arrival to the end of a request.", self._latency, BOTH),
+            ("request_prompt_tokens", "Prompt tokens of a request.", self._num_prompt, BOTH),
+            ("request_generation_tokens", "Output tokens of a request.", self._num_output, BOTH),
+        ):
+            yield from _histograms(prefixes, name, doc, histograms)
+
+
+class _Families(Collector):
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def worker_families(topology: Mapping[str, Any]) -> Iterator[Metric]:
+    """Gauges and counters of every worker, and of every model, from the controller's snapshot."""
+    workers = topology.get("workers", ())
+    gauges: dict[str, dict[Labels, float]] = defaultdict(dict)
+    counters: dict[str, dict[Labels, float]] = defaultdict(dict)
+    for worker in workers:
+        labels = (str(worker["worker_id"]), str(worker["role"]))
+        gauges["worker_up"][labels] = float(worker["state"] == "alive")
+        if worker["state"] == "lost":
+            continue
+        gauges["transport_epoch"][labels] = float(worker["epoch"])
+        gauges["kv_free_bytes"][labels] = float(worker["num_free_kv_bytes"])
+        gauges["kv_blocks_out"][labels] = float(worker["num_blocks_out"])
+        gauges["last_step_age_seconds"][labels] = 0.0 if worker["step_age_s"] is None else float(worker["step_age_s"])
+        for name, value in worker["counters"].items():
+            if _COUNTER_NAME.fullmatch(name) and math.isfinite(value):
+                counters[name.removesuffix("_total")][labels] = float(value)
+    for name, values in gauges.items():
+        yield from _gauges(OWN, name, _WORKER_DOCS[name], ("worker", "role"), values)
+    for name, values in counters.items():
+        yield from _counters(OWN, name, "Counted by workers since they started.", ("worker", "role"), values)
+    if "preemptions" in counters:
+        yield from _counters(
+            ("vllm:",), "num_preemptions", "Sequences that gave their blocks back.", ("engine", "role"), counters["preemptions"]
+        )
+    yield from _model_families(topology)
+
+
+_WORKER_DOCS = {
+    "worker_up": "1 where the worker is alive and steps.",
+    "transport_epoch": "The worker's incarnation.",
+    "kv_free_bytes": "Arena bytes that KV blocks could still take.",
+    "kv_blocks_out": "KV blocks held by sequences, grants and quarantine.",
+    "last_step_age_seconds": "Seconds since a busy worker's last step; 0 when idle.",
+}
+
+
+def _model_families(topology: Mapping[str, Any]) -> Iterator[Metric]:
+    models = topology.get("models", ())
+    resident: dict[Labels, float] = {(str(one["model"]),): float(len(one["resident_on"])) for one in models}
+    attained: dict[Labels, float] = {
+        (str(one["model"]), "ttft_and_tpot"): one["num_attained"] / one["num_finished"] for one in models if one["num_finished"]
+    }
+    yield from _gauges(OWN, "model_resident_workers", "Workers whose arena holds the model.", ("model_name",), resident)
+    yield from _gauges(OWN, "slo_attainment_ratio", "Share of finished requests within their SLOs.", ("model_name", "slo"), attained)
+
+
+def _gauges(prefixes: Sequence[str], name: str, doc: str, labels: Labels, values: Mapping[Labels, float]) -> Iterator[Metric]:
+    for prefix in prefixes:
+        gauge = GaugeMetricFamily(prefix + name, doc, labels=labels)
+        for key, value in values.items():
+            gauge.add_metric(key, value)
+        yield gauge
+
+
+def _counters(prefixes: Sequence[str], name: str, doc: str, labels: Labels, values: Mapping[Labels, float]) -> Iterator[Metric]:
+    for prefix in prefixes:
+        counter = CounterMetricFamily(prefix + name, doc, labels=labels)
+        for key, value in values.items():
+            counter.add_metric(key, value)
+        yield counter
+
+
+def _histograms(prefixes: Sequence[str], name: str, doc: str, values: Mapping[str, Histogram]) -> Iterator[Metric]:
+    for prefix in prefixes:
+        family = HistogramMetricFamily(prefix + name, doc, labels=("model_name",))
+        for model, histogram in values.items():
+            buckets, total = histogram.buckets()
+            family.add_metric((model,), buckets, total)
+        yield family
