@@ -21,7 +21,7 @@ def resolve(source: str | Path) -> Path:
     Raises CheckpointError when there is no such path and no such model, ConfigError when the hub's client is not installed.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if str(source) and path.exists():
         return path.absolute()
     if not HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: there is no such directory; give a checkpoint's directory, or a hub id such as org/name")
