@@ -186,7 +186,7 @@ class PathsConfig(Section):
 class ClusterConfig(Section):
     """Everything about one cluster. `ClusterConfig()` is valid: no models yet, one worker of each role."""
 
-    name: str = Field("polymux", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="of its actors and of its Serve application")
+    name: str = Field(default="polymux", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="of its actors and of its Serve application")
     models: tuple[ModelConfig, ...] = Field(default=(), description="models to serve, each with a name and a path")
     pools: PoolsConfig = Field(default=PoolsConfig(), description="workers by role")
     engine: EngineConfig = Field(default=EngineConfig(), description="what one worker does in one step")
