@@ -26,8 +26,19 @@ class Vocabulary(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
+# JSON leaves these as they are, but many clients split a stream wherever their language sees a line end.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+
+def quote(text: str) -> str:
+    """A JSON string on one line, whatever one takes for a line."""
+    quoted = encode_basestring(text)
+    return quoted if text.isascii() else quoted.translate(_LINE_ENDS)
+
+
 def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text if text.isascii() else text.translate(_LINE_ENDS)
 
 
 def usage(request: OpenRequest) -> dict[str, Any]:
@@ -90,7 +101,7 @@ class ChatFormat(Format):
         if delta.text or delta.logprobs:
             logprobs = dumps(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
             text = (
-                f'{self._chunk_head}{{"index":{index},"delta":{{"content":{encode_basestring(delta.text)}}},'
+                f'{self._chunk_head}{{"index":{index},"delta":{{"content":{quote(delta.text)}}},'
                 f'"logprobs":{logprobs},"finish_reason":null}}{tail}'
             )
         if delta.finish_reason is not None:
@@ -148,7 +159,7 @@ class CompletionFormat(Format):
         return self._chunk(delta.choice, delta.text, logprobs, reason, self._chunk_tail(request))
 
     def _chunk(self, index: int, text: str, logprobs: str, reason: str, tail: str) -> str:
-        content = encode_basestring(text)
+        content = quote(text)
         return f'{self._chunk_head}{{"index":{index},"text":{content},"logprobs":{logprobs},"finish_reason":{reason}}}{tail}'
 
     def response(self, request: OpenRequest, texts: Sequence[str], logprobs: Sequence[Sequence[OffsetLogprobs]]) -> bytes:
