@@ -60,7 +60,10 @@ the same bits. With `--minutes` in the place of `--steps` a run trains, and its 
 ## Greedy answers, as generated
 {answers}"""
 ROLES = {
-    "small": "The smaller of its family, with the larger one's tokenizer, so it can serve as its draft in speculative decoding.",
+    "small": (
+        "The smaller of its family, with the larger one's tokenizer, so it can serve as its draft in speculative decoding. It\n"
+        "mixes up more names than the larger one does."
+    ),
     "large": "The larger of its family.",
 }
 
