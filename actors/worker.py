@@ -237,7 +237,7 @@ class Worker:
             num_free_kv_bytes=free_bytes,
             num_blocks_out=blocks_out,
             last_step_age_s=None if is_idle else age_s,
-            counters=self._meter.counters(self._kv.snapshot() if self._kv is not None else ()),
+            counters=self._meter.counters(self._kv.snapshot() if isinstance(self._kv, KVSink) else ()),  # one side counts a transfer
         )
 
     def _publish(self) -> None:

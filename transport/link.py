@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import cast
 
 from polymux.transport.errors import PeerLost, PolymuxError, WireError
-from polymux.transport.frames import FrameBuffer, frame
+from polymux.transport.frames import FrameBuffer, drive_async, frame, read_frame
 from polymux.transport.handshake import Introduction
 from polymux.transport.messages import Cancel, Generate, Peer, TokenFrame
 from polymux.transport.protocol import PeerKind, Ping, Pong
 from polymux.transport.sockets import dial_tcp
 from polymux.transport.units import ClientId
-from polymux.transport.wire import MAX_CONTROL_BYTES, decode, encode
+from polymux.transport.wire import MAX_CONTROL_BYTES, decode, decode_as, encode
 
 PING_S = 5.0
 SILENCE_S = 15.0  # of a worker: it answers pings within microseconds unless it is dead or frozen
@@ -47,8 +48,9 @@ class WorkerLink(asyncio.Protocol):
         """Dial and authenticate both ways. Raises PeerLost, TransferTimeout, StaleEpoch, ProtocolMismatch, AuthenticationFailed."""
         intro = Introduction(kind=PeerKind.CLIENT, peer_id=client_id, target=peer.worker_id, epoch=peer.epoch, body=b"")
         sock, _ = await dial_tcp(peer.address, intro, token, deadline_s)
-        link = cls(peer)
         try:
+            decode_as(Pong, await drive_async(read_frame(), sock, deadline_s))  # from here on the worker can send to us
+            link = cls(peer)
             await link._loop.create_connection(lambda: link, sock=sock)
         except BaseException:
             sock.close()
@@ -97,8 +99,7 @@ class WorkerLink(asyncio.Protocol):
         self._stop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by class, only by behaviour
         self._timer = self._loop.call_later(PING_S, self._tick)
 
     def connection_lost(self, exc: Exception | None) -> None:
