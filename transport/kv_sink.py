@@ -17,7 +17,7 @@ from polymux.transport.kv_fault import Faults, FaultyReceiver
 from polymux.transport.kv_local import open_local
 from polymux.transport.kv_shm import open_shm
 from polymux.transport.kv_tcp import TcpReceiver
-from polymux.transport.kv_types import BACKENDS, EdgeStats, KVEvent, KVSettings
+from polymux.transport.kv_types import BACKENDS, EdgeHistory, EdgeStats, KVEvent, KVSettings
 from polymux.transport.messages import Peer
 from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinEdge, PeerKind
 from polymux.transport.reactor import Reactor
@@ -54,6 +54,7 @@ class KVSink:
         self._context = SinkContext(identity, self._settings, self._reactor, ledger, Grids(region.buffer), self._emit, faults)
         self._edges: dict[WorkerId, KVEdge] = {}
         self._tasks: dict[KVEdge, asyncio.Task[None]] = {}
+        self._history = EdgeHistory()
         self._numbers = count(1)
         self._transfer_ids = count(1)
         self._is_closed = False
@@ -97,7 +98,7 @@ class KVSink:
 
     def snapshot(self) -> tuple[EdgeStats, ...]:
         with self._context.lock:
-            return tuple(edge.stats() for edge in self._edges.values())
+            return self._history.with_live(edge.stats() for edge in self._edges.values())
 
     def check(self) -> None:
         """Assert that the books agree with each other."""
@@ -130,6 +131,7 @@ class KVSink:
     def _forget(self, edge: KVEdge) -> None:
         log.info("kv.edge_lost peer=%s backend=%s why=%s", edge.peer.worker_id, edge.backend, edge.lost)
         with self._context.lock:
+            self._history.add(edge.stats())
             if self._edges.get(edge.peer.worker_id) is edge:
                 del self._edges[edge.peer.worker_id]
 

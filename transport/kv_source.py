@@ -14,7 +14,7 @@ from polymux.transport.errors import GrantViolation, LayoutMismatch, PeerLost, P
 from polymux.transport.handshake import Introduction
 from polymux.transport.kv_fault import Faults
 from polymux.transport.kv_source_edge import SourceContext, SourceEdge
-from polymux.transport.kv_types import BACKENDS, EdgeStats, KVSettings, OrderRef
+from polymux.transport.kv_types import BACKENDS, EdgeHistory, EdgeStats, KVSettings, OrderRef
 from polymux.transport.messages import KVLayout, Peer, Prefill, Prefilled
 from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinEdge, PeerKind
 from polymux.transport.region import Grids, Region
@@ -56,6 +56,7 @@ class KVSource:
         )
         self._lock = self._context.lock
         self._edges: dict[int, SourceEdge] = {}
+        self._history = EdgeHistory()
         self._numbers = count(1)
         self._listener: socket | None = None
         self._unix_name = ""
@@ -119,7 +120,7 @@ class KVSource:
 
     def snapshot(self) -> tuple[EdgeStats, ...]:
         with self._lock:
-            return tuple(edge.stats() for edge in self._edges.values())
+            return self._history.with_live(edge.stats() for edge in self._edges.values())
 
     def close(self) -> None:
         """Fence every edge; outstanding orders are cancelled and released before this returns. May be called twice."""
@@ -231,4 +232,5 @@ class KVSource:
     def _forget(self, edge: SourceEdge) -> None:
         log.info("kv.edge_lost peer=%s backend=%s why=%s", edge.sink.worker_id, edge.backend, edge.lost)
         with self._lock:
+            self._history.add(edge.stats())
             del self._edges[edge.number]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from polymux.transport.errors import ConfigError, PolymuxError
 from polymux.transport.messages import Prefilled
 from polymux.transport.units import GIB, SequenceId, TransferId, WorkerId
 
 BACKENDS = ("local", "shm", "tcp")
+_NUMBERS = ("bytes", "moves", "committed", "stale_moves", "seconds", "num_outstanding", "bytes_outstanding")
+_MAX_PAST_PEERS = 256
+_OTHERS = WorkerId("others")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,7 @@ class OrderRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeStats:
-    """Counters of one edge since it opened, from the side that reports them."""
+    """Counters of all edges to one peer by one backend, lost ones included, from the side that reports them. They never fall."""
 
     peer: WorkerId
     backend: str
@@ -84,6 +88,33 @@ class EdgeStats:
     seconds: float  # from order to commit, summed over the committed
     num_outstanding: int
     bytes_outstanding: int
+
+
+class EdgeHistory:
+    """The counters of edges that are lost, so that totals never fall; by peer and backend, in bounded number."""
+
+    def __init__(self) -> None:
+        self._past: dict[tuple[WorkerId, str], EdgeStats] = {}
+
+    def add(self, stats: EdgeStats) -> None:
+        key = (stats.peer, stats.backend)
+        if key not in self._past and len(self._past) >= _MAX_PAST_PEERS:
+            stats = replace(stats, peer=_OTHERS)
+            key = (_OTHERS, stats.backend)
+        self._past[key] = _sum(self._past[key], stats) if key in self._past else stats
+
+    def with_live(self, live: Iterable[EdgeStats]) -> tuple[EdgeStats, ...]:
+        totals = dict(self._past)
+        for stats in live:
+            key = (stats.peer, stats.backend)
+            totals[key] = _sum(totals[key], stats) if key in totals else stats
+        return tuple(totals.values())
+
+
+def _sum(one: EdgeStats, other: EdgeStats) -> EdgeStats:
+    failed = Counter(dict(one.failed)) + Counter(dict(other.failed))
+    numbers = {name: getattr(one, name) + getattr(other, name) for name in _NUMBERS}
+    return replace(one, failed=tuple(sorted(failed.items())), **numbers)
 
 
 @dataclass(slots=True)

@@ -197,6 +197,7 @@ class _Clients:
             max_pending_bytes=self._limits.max_pending_bytes,
         )
         self.channels[client_id] = channel
+        channel.send(_PONG)  # what the client waits for: now it can be sent to
         channel.start()
         if not self._is_sweeping:
             self._is_sweeping = True

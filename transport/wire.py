@@ -47,6 +47,8 @@ _TAGS: dict[int, type] = {
     18: messages.Admit,
     19: messages.Placement,
     20: messages.Release,
+    21: messages.Joined,
+    22: messages.Reported,
     64: protocol.Hello,
     65: protocol.Challenge,
     66: protocol.Answer,

@@ -247,8 +247,8 @@ async def test_garbage_is_hung_up_on_and_harms_nobody(garbage: bytes) -> None:
         await asyncio.wait_for(reader.read(), 2)
         writer.close()
         async with linked(served) as link:
-            served.server.send(CLIENT, tokens(0))
-            await anext(link)
+            assert served.server.send(CLIENT, tokens(0))
+            assert await asyncio.wait_for(anext(link), 5) == tokens(0)
 
 
 async def test_something_that_is_not_a_worker_is_a_protocol_mismatch() -> None:
@@ -317,11 +317,12 @@ async def test_a_client_that_connects_anew_loses_its_older_connection_first() ->
 
 
 async def test_a_client_that_does_not_read_is_dropped_and_memory_stays_bounded() -> None:
-    with serving(limits=StreamLimits(max_pending_bytes=200_000)) as served:
+    with serving(limits=StreamLimits(max_pending_bytes=500_000)) as served:
         link = await WorkerLink.connect(served.peer, CLIENT, TOKEN, 5)
         assert link._transport is not None
         link._transport.pause_reading()
-        big = tokens(0, 2000)
+        update = SequenceUpdate(sequence_id=SequenceId("r/0"), index=0, token_ids=tuple(range(100_000, 150_000)))
+        big = TokenFrame(worker_id=WORKER, epoch=EPOCH, updates=(update,))
         slowest = 0.0
         for _ in range(2000):
             started = time.perf_counter()
