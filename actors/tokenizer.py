@@ -5,13 +5,12 @@ Ids and texts are those of transformers' tokenizer of the same directory, whose 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 
 from polymux.actors.chat_template import ChatTemplate, Message, load_templates
 from polymux.actors.detokenizer import Detokenizer, detokenizer
@@ -28,9 +27,12 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, templates: Mapping[str, str], config: Mapping[str, Any], origin: str) -> None:
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         self.special_tokens = dict(_special_tokens(config))
-        _add_tokens(backend, config, list(self.special_tokens.values()))
-        _add_ends(backend, config, self.special_tokens)
+        try:
+            _add_tokens(backend, config, self.special_tokens.values())
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{origin}: tokenizer_config.json declares its tokens wrongly ({error}); download it again") from error
         self._backend = backend
         self._pieces = TokenPieces(backend, origin)
         self._chat_template = ChatTemplate(templates, self.special_tokens, origin)
@@ -47,11 +49,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{file}: is not a tokenizer ({error}); download it again") from error
-        config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (path / name).is_file():
-                config |= {key: value for key, value in read_object(path / name).items() if value is not None}
-        return cls(backend, load_templates(path), config, str(path))
+        return cls(backend, load_templates(path), _read_config(path), str(path))
 
     @property
     def vocab_size(self) -> int:
@@ -115,34 +113,41 @@ class Tokenizer:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and text of the special tokens, each declared as a text or as an object with its `content`."""
+    """Name and text of each special token that has a name: the usual ones first, then those that only this model has."""
+    names = [*NAMED, *(name for name in config if name.endswith("_token") and name not in NAMED)]
     extra = config.get("extra_special_tokens")
-    named = [(name, config.get(name)) for name in NAMED] + (list(extra.items()) if isinstance(extra, dict) else [])
-    for name, value in named:
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
+    for name, value in [*((name, config.get(name)) for name in names), *(extra.items() if isinstance(extra, dict) else ())]:
+        text = _text_of(value)
+        if text is not None:
             yield name, text
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: list[str]) -> None:
-    """Make special what the configuration calls special, and add what only the configuration has."""
+def _text_of(token: Any) -> str | None:
+    """A token is declared as its text, or as an object with its `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Collection[str]) -> None:
+    """Bring tokenizer.json up to tokenizer_config.json, which may add tokens and change flags. A token with a name is special."""
+    known = {token.content: repr(token) for token in backend.get_added_tokens_decoder().values()}
     declared = config.get("added_tokens_decoder")
-    for _, token in sorted((declared or {}).items(), key=lambda item: int(item[0])):
-        if backend.token_to_id(token["content"]) is None:
-            backend.add_tokens([AddedToken(**{key: value for key, value in token.items() if key != "__type"})])
-    extra = config.get("extra_special_tokens")
-    more = [*(extra if isinstance(extra, list) else []), *(config.get("additional_special_tokens") or [])]
-    special = special + [token["content"] if isinstance(token, dict) else token for token in more]
-    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in dict.fromkeys(special) if text not in known])
+    if declared:
+        tokens = [AddedToken(**{key: value for key, value in declared[at].items() if key != "__type"}) for at in sorted(declared, key=int)]
+    else:
+        tokens = list(backend.get_added_tokens_decoder().values())
+    for token in tokens:
+        token.special = token.special or token.content in named
+    tokens = [token for token in tokens if repr(token) != known.get(token.content)]
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    texts = dict.fromkeys([*named, *(map(_text_of, extra) if isinstance(extra, list) else ())])
+    met = {*known, *(token.content for token in tokens)}
+    backend.add_tokens([*tokens, *(AddedToken(text, special=True) for text in texts if text is not None and text not in met)])
 
 
-def _add_ends(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    """`add_bos_token` and `add_eos_token` replace what tokenizer.json puts around a text; without either it stays."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-    eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-    ends = [(text, backend.token_to_id(text)) for text in dict.fromkeys((bos, eos)) if text is not None]
-    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=ends)
+def _read_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json; where an old one does not list added tokens, special_tokens_map.json has the last word on the special ones."""
+    config = read_object(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    if "added_tokens_decoder" not in config and (path / "special_tokens_map.json").is_file():
+        config |= read_object(path / "special_tokens_map.json")
+    return config
