@@ -267,7 +267,7 @@ def _explain(detail: ErrorDetails) -> InvalidRequest:
     """pydantic's first finding in the words of the API: the field as a client writes it, what is wrong, what would be right."""
     param = _path(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return InvalidRequest(f"{param} is not a known field; leave it out", param=param)
+        return InvalidRequest(f"{param or '(empty name)'} is not a known field; leave it out", param=param)
     if detail["type"] == "missing":
         return InvalidRequest(f"{param} is required", param=param)
     if param.startswith("prompt") and "type" in detail["type"]:
