@@ -10,7 +10,6 @@ from polymux.actors.chat_template import ChatTemplate, load_templates
 from polymux.transport.errors import CheckpointError, InvalidRequest
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo" / "models"
-SPECIAL = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|end_of_text|>"}
 TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief & <b>kind</b>."},
     {"role": "user", "content": "  Héllo 你好 \n", "name": None},
@@ -38,7 +37,8 @@ TEMPLATES = {
     ),
     "generation": (
         "{% for message in messages %}{% if message.role == 'assistant' %}"
-        "{% generation %}{% set x = 1 %}{{ message.role }}!{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}{{ x is defined }}"
+        "{% generation %}{% set x = 1 %}{{ message.role }}!{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}{% endfor %}{{ x is defined }}"
     ),
     "undefined": "{{ nothing }}{{ messages[0].nothing }}{{ mask_token }}{{ documents }}{{ messages | length }}{{ add_generation_prompt }}",
     "date": "{{ strftime_now('%Y') | length }}{{ dict(a=1)['a'] }}{{ messages[-1].content.split('n')[0] }}",
@@ -59,12 +59,12 @@ def test_a_rendering_is_that_of_transformers(theirs: Any, name: str, generation:
     expected = theirs.apply_chat_template(
         TURNS, tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=generation, tokenize=False
     )
-    ours = ChatTemplate({"default": TEMPLATES[name]}, SPECIAL, "test")
+    ours = ChatTemplate({"default": TEMPLATES[name]}, theirs.special_tokens_map, "test")
     assert ours.render(TURNS, tools=tools, add_generation_prompt=generation) == expected
 
 
 def test_variables_reach_the_template_and_may_replace_special_tokens() -> None:
-    ours = ChatTemplate({"default": "{{ bos_token }}{{ enable_thinking }}"}, SPECIAL, "test")
+    ours = ChatTemplate({"default": "{{ bos_token }}{{ enable_thinking }}"}, {"bos_token": "<s>"}, "test")
     assert ours.render(TURNS, variables={"enable_thinking": False, "bos_token": "^"}) == "^False"
 
 

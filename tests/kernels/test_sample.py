@@ -141,7 +141,7 @@ CASES = [
 @pytest.mark.parametrize("step", [0.0, 0.5], ids=["distinct", "ties"])
 def test_evenly_spread_words_give_each_token_its_probability_and_no_other_token(case: Draw, step: float) -> None:
     """With words evenly spread over [0, 2**64), each token's share is its probability to within two words: no chance is involved."""
-    num_words = 8192
+    num_words = 4096
     logits = _logits(3, 1, 48, spread=0.8, step=step)
     words = [(2 * i + 1) * 2**63 // num_words for i in range(num_words)]
     tokens = _draw(logits.expand(num_words, -1), [replace(case, word=word) for word in words])
