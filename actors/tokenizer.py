@@ -31,8 +31,8 @@ class Tokenizer:
         self.special_tokens = dict(_special_tokens(config))
         try:
             _add_tokens(backend, config, self.special_tokens.values())
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{origin}: tokenizer_config.json declares its tokens wrongly ({error}); download it again") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{origin}: tokenizer_config.json declares its tokens wrongly ({error!r}); download it again") from error
         self._backend = backend
         self._pieces = TokenPieces(backend, origin)
         self._chat_template = ChatTemplate(templates, self.special_tokens, origin)
@@ -133,7 +133,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named:
     known = {token.content: repr(token) for token in backend.get_added_tokens_decoder().values()}
     declared = config.get("added_tokens_decoder")
     if declared:
-        tokens = [AddedToken(**{key: value for key, value in declared[at].items() if key != "__type"}) for at in sorted(declared, key=int)]
+        tokens = [_declared(declared[at]) for at in sorted(declared, key=int)]
     else:
         tokens = list(backend.get_added_tokens_decoder().values())
     for token in tokens:
@@ -143,6 +143,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named:
     texts = dict.fromkeys([*named, *(map(_text_of, extra) if isinstance(extra, list) else ())])
     met = {*known, *(token.content for token in tokens)}
     backend.add_tokens([*tokens, *(AddedToken(text, special=True) for text in texts if text is not None and text not in met)])
+
+
+def _declared(token: Mapping[str, Any]) -> AddedToken:
+    return AddedToken(token["content"], **{flag: value for flag, value in token.items() if flag not in ("content", "__type")})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

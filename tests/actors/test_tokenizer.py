@@ -271,7 +271,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "declared", [["x"], {"one": {"content": "x"}}, {"1": "x"}, {"1": {"content": 3}}, {"1": {"content": "x", "colour": 1}}]
+    "declared", [["x"], {"one": {"content": "x"}}, {"1": "x"}, {"1": {"content": 3}}, {"1": {"content": "x", "special": "yes"}}, {"1": {}}]
 )
 def test_tokens_that_are_declared_wrongly_are_refused(tmp_path: Path, declared: Any) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json declares its tokens wrongly"):
