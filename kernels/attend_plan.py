@@ -113,7 +113,7 @@ class Planner:
     def _chunk(self, span: Span, window: int | None) -> Chunk:
         rows = slice(span.start, span.start + span.num_tokens)
         first = 0 if window is None else max(0, span.context_len - window + 1)
-        tiles = self._tiles(span.block_ids, first, span.context_len) if span.context_len else ()
+        tiles = self._tiles(span.block_ids, first, span.context_len) if first < span.context_len else ()
         if window is None or span.context_len + span.num_tokens <= window:
             return Chunk(rows, None, tiles)
         query = torch.arange(span.num_tokens, device=self.device).unsqueeze(1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from polymux.actors.models.config import ArchConfig
 from polymux.actors.weights.parts import EMBEDDING, HEAD, Part, parts_of
 from polymux.kernels import onednn
-from polymux.transport.errors import CheckpointError, WireError
+from polymux.transport.errors import CheckpointError, ConfigError, WireError
 from polymux.transport.messages import ITEM_BYTES
 from polymux.transport.units import KIB, MIB
 
@@ -108,12 +108,15 @@ class ImageManifest:
 def build_image(checkpoint: Source, fd: int, *, dtype: str, layout: str) -> ImageManifest:
     """Write the image of a checkpoint to a file or memfd, one tensor in memory at a time, and describe it.
 
-    `layout` "onednn" becomes "plain" where this CPU cannot multiply packed weights of `dtype`. The file is cut to the image's size.
-    Raises CheckpointError from the checkpoint's reader, and OSError.
+    `layout` "onednn" and "auto" are "plain" where this CPU cannot multiply packed weights of `dtype`. The file is cut to the image's size.
+    Raises ConfigError for a layout or dtype that there is not, CheckpointError from the checkpoint's reader, and OSError.
     """
-    if layout not in LAYOUTS or dtype not in DTYPES:
-        raise CheckpointError(f"no weight image of layout {layout!r} and dtype {dtype!r}; layouts are {LAYOUTS}, dtypes {tuple(DTYPES)}")
-    writer = _Writer(checkpoint, fd, dtype, layout if onednn.is_available(DTYPES[dtype]) else "plain")
+    if layout not in ("auto", *LAYOUTS) or dtype not in DTYPES:
+        raise ConfigError(
+            f"no weight image of layout {layout!r} and dtype {dtype!r}: layouts are auto, plain, onednn; dtypes {', '.join(DTYPES)}"
+        )
+    can_pack = layout != "plain" and onednn.is_available(DTYPES[dtype])
+    writer = _Writer(checkpoint, fd, dtype, "onednn" if can_pack else "plain")
     groups = []
     for group in parts_of(checkpoint.config):
         start = writer.end
@@ -155,7 +158,7 @@ class _Writer:
 
     def add(self, part: Part) -> None:
         tensor = self._joined(part)
-        if not part.is_linear or self.layout == "plain":
+        if not part.is_linear or self.layout == "plain" or not onednn.pays_off(tensor):
             self._append(part.name, tensor, "plain", _memory_of(tensor))
             if part.name == HEAD and self.checkpoint.config.tie_word_embeddings:
                 self._alias(self.entries[-1], "plain", tuple(tensor.shape))
