@@ -1,21 +1,14 @@
-"""The controller: its books agree with each other whatever happens in whatever order, and end at zero."""
+"""Admission, replay and release: what the controller promises, and that it takes every promise back."""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from controller_bench import FRONT, Bench, load, spec
 
-from polymux.cluster.config import ClusterConfig
-from polymux.cluster.controller import Controller
 from polymux.cluster.topology import ModelState, WorkerState
 from polymux.transport.errors import (
-    ConfigError,
     ContextLengthExceeded,
     DeadlineExceeded,
     InvalidRequest,
@@ -24,195 +17,9 @@ from polymux.transport.errors import (
     Overloaded,
     PolymuxError,
     Refused,
-    StaleEpoch,
 )
-from polymux.transport.messages import (
-    Admit,
-    KVLayout,
-    ModelCost,
-    ModelLoad,
-    ModelSpec,
-    Placement,
-    Release,
-    Role,
-    WorkerHello,
-    WorkerReport,
-)
-from polymux.transport.units import KIB, MIB, ClientId, Epoch, ModelName, WorkerId
-
-KV = KVLayout(num_layers=4, num_kv_heads=2, head_dim=32, dtype="bfloat16")
-FRONT = ClientId("front-0")
-
-
-def spec(model: str, weight_bytes: int = 8 * MIB, digest: str = "") -> ModelSpec:
-    return ModelSpec(
-        model=ModelName(model),
-        path=f"/models/{model}",
-        digest=digest or model,
-        config_json="{}",
-        dtype="bfloat16",
-        kv=KV,
-        weight_bytes=weight_bytes,
-        vocab_size=4096,
-        max_model_len=2048,
-        eos_token_ids=(0,),
-    )
-
-
-@dataclass
-class Bench:
-    """A controller with a clock that the test moves."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    now_s: float = 1000.0
-
-    def __post_init__(self) -> None:
-        self.config = ClusterConfig.from_dict(self.settings)
-        self.epochs = itertools.count(100)
-        self.controller = Controller(self.config, clock=lambda: self.now_s, next_epoch=self.epochs.__next__)
-
-    def join(self, worker_id: str, epoch: int | None = None, arena_bytes: int = 64 * MIB) -> Epoch:
-        hello = WorkerHello(
-            worker_id=WorkerId(worker_id),
-            role=Role.PREFILL if worker_id.startswith("p") else Role.DECODE,
-            address=f"tcp://host:{worker_id}",
-            host_id="host",
-            pid=1,
-            arena_bytes=arena_bytes,
-            num_threads=1,
-            epoch=Epoch(epoch) if epoch is not None else None,
-        )
-        return self.controller.join(hello).epoch
-
-    def report(self, worker_id: str, epoch: int, *loads: ModelLoad, **changes: Any) -> None:
-        report = WorkerReport(
-            worker_id=WorkerId(worker_id),
-            epoch=Epoch(epoch),
-            active_model=None,
-            loads=loads,
-            costs=(),
-            switch_bytes_per_s=1e9,
-            num_free_kv_bytes=32 * MIB,
-            num_blocks_out=0,
-            last_step_age_s=None,
-        )
-        self.controller.report(replace(report, **changes))
-
-    def admit(self, request_id: str = "r", model: str = "a", **changes: Any) -> Placement:
-        ask = Admit(
-            request_id=request_id,
-            client_id=FRONT,
-            model=ModelName(model),
-            num_prompt_tokens=100,
-            max_tokens=50,
-            num_sequences=1,
-            deadline_s=60.0,
-        )
-        return self.controller.admit(replace(ask, **changes))
-
-    def release(self, request_id: str = "r", outcome: str = "finished", **changes: Any) -> bool:
-        release = Release(request_id=request_id, outcome=outcome, num_output_tokens=40, ttft_s=0.5, tpot_s=0.05)
-        return self.controller.release(replace(release, **changes))
-
-
-def load(model: str, *, resident: bool = True, waiting: int = 0, tokens: int = 0, running: int = 0) -> ModelLoad:
-    return ModelLoad(
-        model=ModelName(model), is_resident=resident, num_waiting=waiting, num_running=running, waiting_tokens=tokens, kv_tokens=0
-    )
-
-
-@pytest.fixture
-def bench() -> Bench:
-    """One model `a`, one `b`; workers p1, d1, d2, all reported."""
-    made = Bench()
-    made.controller.register(spec("a"))
-    made.controller.register(spec("b"))
-    for worker_id in ("p1", "d1", "d2"):
-        made.report(worker_id, made.join(worker_id))
-    return made
-
-
-# ---------------------------------------------------------------- workers
-
-
-def test_a_worker_that_joins_again_is_a_new_incarnation_and_the_old_one_is_not_listened_to(bench: Bench) -> None:
-    old = bench.controller.topology().workers[0]
-    new = bench.join(old.worker_id)
-    assert new > old.epoch
-    with pytest.raises(StaleEpoch, match=f"epoch {old.epoch}.*{new}"):
-        bench.report(old.worker_id, old.epoch)
-    bench.report(old.worker_id, new)
-
-
-def test_epochs_are_never_reused_even_by_a_source_that_repeats_itself() -> None:
-    controller = Controller(ClusterConfig(), clock=lambda: 0.0, next_epoch=lambda: 7)
-    hello = WorkerHello(worker_id=WorkerId("p1"), role=Role.PREFILL, address="", host_id="", pid=0, arena_bytes=MIB, num_threads=1)
-    epochs = [controller.join(hello).epoch for _ in range(3)]
-    assert epochs == [8, 9, 10]
-
-
-def test_a_report_of_an_unknown_worker_tells_it_to_join(bench: Bench) -> None:
-    with pytest.raises(StaleEpoch, match="join again"):
-        bench.report("d9", 1)
-
-
-def test_a_worker_that_outlived_its_controller_keeps_its_epoch(bench: Bench) -> None:
-    assert bench.join("d7", epoch=42) == 42
-    bench.report("d7", 42)
-
-
-def test_an_epoch_that_this_controller_has_declared_lost_does_not_come_back(bench: Bench) -> None:
-    bench.join("d7", epoch=42)
-    bench.controller.lost(WorkerId("d7"))
-    assert bench.join("d7", epoch=42) != 42
-
-
-def test_a_join_that_is_sent_twice_is_one_incarnation(bench: Bench) -> None:
-    epoch = bench.join("d7", epoch=42)
-    assert bench.join("d7", epoch=epoch) == epoch
-
-
-def test_a_silent_worker_is_lost_when_its_lease_ends(bench: Bench) -> None:
-    bench.now_s += 9.0
-    bench.report("p1", bench.controller.topology().workers[2].epoch)
-    bench.now_s += 2.0
-    assert set(bench.controller.expired().workers) == {"d1", "d2"}
-    states = {w.worker_id: w.state for w in bench.controller.topology().workers}
-    assert states == {"p1": WorkerState.ALIVE, "d1": WorkerState.LOST, "d2": WorkerState.LOST}
-
-
-def test_an_old_death_notice_does_not_end_the_next_incarnation(bench: Bench) -> None:
-    old = bench.join("d7")
-    new = bench.join("d7")
-    assert not bench.controller.lost(WorkerId("d7"), old)
-    bench.report("d7", new)
-    assert bench.controller.lost(WorkerId("d7"), new)
-    assert not bench.controller.lost(WorkerId("d7"))
-
-
-def test_a_hello_that_cannot_be_served_is_refused(bench: Bench) -> None:
-    with pytest.raises(ConfigError, match="arena_bytes=0"):
-        bench.join("d7", arena_bytes=0)
-
-
-def test_a_worker_learns_the_catalogue_when_it_joins_and_that_it_changed_when_it_reports(bench: Bench) -> None:
-    hello = WorkerHello(worker_id=WorkerId("d9"), role=Role.DECODE, address="", host_id="", pid=0, arena_bytes=MIB, num_threads=1)
-    joined = bench.controller.join(hello)
-    assert [s.model for s in joined.models] == ["a", "b"]
-    bench.controller.register(spec("c"))
-    report = WorkerReport(
-        worker_id=WorkerId("d9"),
-        epoch=joined.epoch,
-        active_model=None,
-        loads=(),
-        costs=(),
-        switch_bytes_per_s=0.0,
-        num_free_kv_bytes=0,
-        num_blocks_out=0,
-        last_step_age_s=None,
-    )
-    assert bench.controller.report(report).catalogue > joined.catalogue
-
+from polymux.transport.messages import ModelCost, Role
+from polymux.transport.units import KIB, MIB, ClientId, ModelName, WorkerId
 
 # ---------------------------------------------------------------- admission
 
@@ -263,9 +70,9 @@ def test_a_report_settles_what_it_must_have_seen_and_keeps_what_it_cannot_have(b
     bench.now_s += 1.0
     bench.admit("new")
     bench.report("p1", epoch)
-    (p1,) = [w for w in bench.controller.topology().workers if w.worker_id == "p1"]
+    p1 = bench.status("p1")
     bench.release("new")
-    (after,) = [w for w in bench.controller.topology().workers if w.worker_id == "p1"]
+    after = bench.status("p1")
     assert p1.busy_s > after.busy_s == 0.0
 
 
@@ -274,8 +81,49 @@ def test_reported_costs_replace_guesses(bench: Bench) -> None:
     cost = ModelCost(model=ModelName("a"), prefill=(2.0, 0.0, 0.0), decode=(0.01, 0.0, 0.0))
     bench.report("p1", epoch, load("a"), costs=(cost,))
     bench.admit()
-    (p1,) = [w for w in bench.controller.topology().workers if w.worker_id == "p1"]
+    p1 = bench.status("p1")
     assert p1.busy_s == pytest.approx(2.0)
+
+
+def test_work_that_waits_for_weights_counts_with_their_loading(bench: Bench) -> None:
+    """8 MiB at the reported 1 GB/s, once for the model."""
+    p1 = bench.status("p1")
+    cost = ModelCost(model=ModelName("a"), prefill=(1.0, 0.0, 0.0), decode=(1.0, 0.0, 0.0))
+    bench.report("p1", p1.epoch, load("a", waiting=2, tokens=200), costs=(cost,))
+    resident = bench.status("p1")
+    bench.report("p1", p1.epoch, load("a", resident=False, waiting=2, tokens=200))
+    parked = bench.status("p1")
+    assert (resident.busy_s, parked.busy_s) == pytest.approx((2.0, 2.0 + 8 * MIB / 1e9))
+
+
+def test_kv_that_was_promised_is_not_promised_again_before_the_next_report(bench: Bench) -> None:
+    """d1 has the weights and KV for one such sequence; d2 would have to load them."""
+    epochs = {w.worker_id: w.epoch for w in bench.controller.topology().workers}
+    for worker_id, resident in (("d1", True), ("d2", False)):
+        bench.report(worker_id, epochs[WorkerId(worker_id)], load("a", resident=resident), num_free_kv_bytes=64 * 16 * KIB)
+    first, second = (bench.admit(f"r{i}", num_prompt_tokens=900).decode[0].worker_id for i in range(2))
+    assert (first, second) == ("d1", "d2")
+
+
+def test_what_waits_is_what_workers_report_and_what_they_cannot_have_reported(bench: Bench) -> None:
+    d1 = bench.status("d1")
+    bench.report("d1", d1.epoch, load("a", waiting=3, tokens=700), load("b", waiting=1, tokens=50))
+    bench.admit(num_sequences=2)
+    stats = bench.controller.stats()
+    assert (stats.num_queued, stats.num_queued_tokens) == (4 + 2, 750 + 200)
+
+
+def test_the_expected_length_of_an_answer_is_learned(bench: Bench) -> None:
+    for i in range(60):
+        bench.admit(f"r{i}", max_tokens=1000)
+        bench.release(f"r{i}", num_output_tokens=1)
+        bench.now_s += 1.0
+    (a, _) = bench.controller.topology().models
+    assert a.num_output_tokens == 60
+    bench.admit("sized", max_tokens=1000)
+    (placed,) = [w for w in bench.controller.topology().workers if w.worker_id.startswith("d") and w.num_placed]
+    view = bench.controller._pool.decode[placed.worker_id].view()
+    assert 101 <= view.models[ModelName("a")].kv_tokens <= 110  # the prompt and not much more
 
 
 @pytest.mark.parametrize("prefill", [(0.0, 0.0, 0.0), (-1.0, 1.0, 0.0), (float("nan"), 1.0, 1.0), (float("inf"), 0.0, 0.0)])
@@ -285,7 +133,7 @@ def test_a_reported_cost_that_cannot_be_is_ignored(bench: Bench, prefill: tuple[
         bench.report(worker.worker_id, worker.epoch, costs=(cost,))
     bench.admit()
     bench.controller.check()
-    (p1,) = [w for w in bench.controller.topology().workers if w.worker_id == "p1"]
+    p1 = bench.status("p1")
     assert 0 < p1.busy_s < 10
 
 
@@ -406,6 +254,28 @@ def test_a_replay_moves_the_sequences_of_the_lost_worker_and_leaves_the_others(b
     assert all(w.num_placed == 0 for w in bench.controller.topology().workers)
 
 
+def test_a_worker_that_came_back_is_another_one_for_the_requests_of_the_old(bench: Bench) -> None:
+    before = bench.admit()
+    epoch = bench.join(before.decode[0].worker_id)
+    after = bench.admit()
+    assert after.decode[0] != before.decode[0]
+    assert after.decode[0].worker_id != before.decode[0].worker_id or after.decode[0].epoch == epoch
+    bench.controller.check()
+
+
+def test_nothing_is_placed_on_a_worker_that_is_lost(bench: Bench) -> None:
+    bench.admit("warm")
+    bench.controller.lost(WorkerId("d1"))
+    assert {bench.admit(f"r{i}").decode[0].worker_id for i in range(4)} == {"d2"}
+
+
+def test_a_worker_that_came_back_is_not_stalled_because_the_old_one_was(bench: Bench) -> None:
+    d1 = bench.status("d1")
+    bench.report("d1", d1.epoch, load("a", running=1), last_step_age_s=31.0)
+    bench.join("d1")
+    assert {w.state for w in bench.controller.topology().workers if w.worker_id == "d1"} == {WorkerState.ALIVE, WorkerState.LOST}
+
+
 def test_a_replay_is_not_refused_for_load() -> None:
     bench = Bench({"limits": {"max_queued_requests": 1}})
     bench.controller.register(spec("a"))
@@ -476,8 +346,27 @@ def test_no_request_outlives_the_longest_deadline() -> None:
     bench.join("p1")
     bench.join("d1")
     bench.admit(deadline_s=1e9)
-    bench.now_s += 25.0
+    for _ in range(3):
+        bench.now_s += 25.0 / 3
+        bench.controller.client_seen(FRONT)
     assert bench.controller.expired().requests == ("r",)
+
+
+def test_an_id_that_is_used_again_lives_until_its_own_deadline(bench: Bench) -> None:
+    bench.admit(deadline_s=5.0)
+    bench.release()
+    bench.admit(deadline_s=50.0)
+    for _ in range(2):
+        bench.now_s += 10.0
+        bench.controller.client_seen(FRONT)
+    assert bench.controller.expired().requests == ()
+
+
+def test_requests_that_end_leave_nothing_behind(bench: Bench) -> None:
+    for i in range(500):
+        bench.admit(f"r{i}")
+        bench.release(f"r{i}")
+        bench.controller.check()
 
 
 def test_a_front_door_that_is_gone_takes_its_requests_with_it(bench: Bench) -> None:
@@ -505,167 +394,3 @@ def test_an_orphan_timeout_of_null_never_ends_a_cluster() -> None:
     bench = Bench({"liveness": {"orphan_timeout_s": None}})
     bench.now_s += 1e9
     assert not bench.controller.expired().is_orphaned
-
-
-# ---------------------------------------------------------------- what it shows
-
-
-def test_ready_means_a_worker_of_each_role_that_reported_and_steps() -> None:
-    bench = Bench()
-    assert bench.controller.topology().reasons == ("no prefill worker is alive", "no decode worker is alive")
-    p1, d1 = bench.join("p1"), bench.join("d1")
-    assert bench.controller.topology().reasons == ("no prefill worker has reported yet", "no decode worker has reported yet")
-    bench.report("p1", p1)
-    bench.report("d1", d1)
-    assert bench.controller.topology().is_ready
-    bench.report("d1", d1, last_step_age_s=31.0)
-    topology = bench.controller.topology()
-    assert topology.reasons == ("every decode worker has work and takes no step",)
-    assert topology.workers[0].state is WorkerState.STALLED
-    assert topology.workers[0].step_age_s == 31.0
-
-
-def test_a_model_is_resident_where_workers_say_so(bench: Bench) -> None:
-    worker = bench.controller.topology().workers[0]
-    bench.report(worker.worker_id, worker.epoch, load("a"), load("b", resident=False))
-    a, b = bench.controller.topology().models
-    assert (a.state, a.resident_on) == (ModelState.RESIDENT, (worker.worker_id,))
-    assert (b.state, b.resident_on) == (ModelState.PARKED, ())
-
-
-def test_counters_go_on_counting_across_the_loss_of_a_worker(bench: Bench) -> None:
-    epochs = {w.worker_id: w.epoch for w in bench.controller.topology().workers}
-    bench.report("d1", epochs[WorkerId("d1")], counters=(("model_switches", 5.0),), num_blocks_out=3)
-    bench.report("d2", epochs[WorkerId("d2")], counters=(("model_switches", 2.0), ("kv_bytes", 1.0)))
-    assert bench.controller.stats().counters == {"kv_bytes": 1.0, "model_switches": 7.0}
-    bench.controller.lost(WorkerId("d1"))
-    stats = bench.controller.stats()
-    assert stats.counters == {"kv_bytes": 1.0, "model_switches": 7.0}
-    assert (stats.num_workers_alive, stats.num_workers_lost, stats.num_blocks_out) == (2, 1, 0)
-
-
-def test_lost_workers_are_remembered_but_not_without_end(bench: Bench) -> None:
-    for _ in range(100):
-        bench.join("d9")
-    assert sum(w.state is WorkerState.LOST for w in bench.controller.topology().workers) == 32
-    assert bench.controller.stats().num_workers_lost == 99
-
-
-def test_front_doors_are_bounded(bench: Bench) -> None:
-    with pytest.raises(Overloaded, match="front doors"):
-        for i in range(2000):
-            bench.controller.client_seen(ClientId(f"c{i}"))
-
-
-# ---------------------------------------------------------------- anything, in any order
-
-WORKERS = ("p1", "p2", "d1", "d2", "d3")
-MODELS = ("a", "b", "c")
-REQUESTS = tuple(f"r{i}" for i in range(12))
-CLIENTS = (ClientId("c0"), ClientId("c1"))
-
-
-class AnythingInAnyOrder(RuleBasedStateMachine):
-    """Admissions, replays, releases, reports, losses, joins and sweeps, with what the outside may do wrong as well."""
-
-    @initialize()
-    def start(self) -> None:
-        self.bench = Bench({"limits": {"max_inflight_requests": 8, "max_queued_requests": 10}, "liveness": {"orphan_timeout_s": None}})
-        for model in MODELS:
-            self.bench.controller.register(spec(model))
-        self.alive: dict[str, int] = {}
-        self.issued: set[int] = set()
-
-    def _joined(self, worker_id: str) -> None:
-        epoch = self.bench.join(worker_id)
-        assert epoch not in self.issued
-        self.issued.add(epoch)
-        self.alive[worker_id] = epoch
-
-    @rule(worker_id=st.sampled_from(WORKERS))
-    def join(self, worker_id: str) -> None:
-        self._joined(worker_id)
-
-    @precondition(lambda self: self.alive)
-    @rule(data=st.data(), with_epoch=st.booleans())
-    def lose(self, data: st.DataObject, with_epoch: bool) -> None:
-        worker_id = data.draw(st.sampled_from(sorted(self.alive)))
-        epoch = self.alive.pop(worker_id)
-        assert self.bench.controller.lost(WorkerId(worker_id), Epoch(epoch) if with_epoch else None)
-
-    @precondition(lambda self: self.alive)
-    @rule(
-        data=st.data(),
-        loads=st.lists(
-            st.builds(load, st.sampled_from(MODELS), resident=st.booleans(), waiting=st.integers(0, 5), tokens=st.integers(0, 900))
-        ),
-        step_age_s=st.sampled_from([None, 0.1, 100.0]),
-        free=st.integers(0, 64 * MIB),
-    )
-    def report(self, data: st.DataObject, loads: list[ModelLoad], step_age_s: float | None, free: int) -> None:
-        worker_id = data.draw(st.sampled_from(sorted(self.alive)))
-        self.bench.report(worker_id, self.alive[worker_id], *loads, last_step_age_s=step_age_s, num_free_kv_bytes=free)
-
-    @rule(worker_id=st.sampled_from(WORKERS), epoch=st.integers(0, 99))
-    def stale_report(self, worker_id: str, epoch: int) -> None:
-        with pytest.raises(StaleEpoch):
-            self.bench.report(worker_id, epoch)
-
-    @rule(
-        request_id=st.sampled_from(REQUESTS),
-        client_id=st.sampled_from(CLIENTS),
-        model=st.sampled_from((*MODELS, "missing")),
-        num_sequences=st.integers(0, 3),
-        num_prompt_tokens=st.integers(1, 2100),
-        excluded=st.sets(st.sampled_from(WORKERS), max_size=2),
-        deadline_s=st.sampled_from([-1.0, 5.0, 500.0]),
-        tpot_slo_s=st.sampled_from([None, 0.05, 1.0]),
-    )
-    def admit(self, request_id: str, model: str, excluded: set[str], **changes: Any) -> None:
-        before = self.bench.controller.stats()
-        try:
-            placement = self.bench.admit(request_id, model, excluded=tuple(WorkerId(w) for w in sorted(excluded)), **changes)
-        except PolymuxError as error:
-            assert error.request_id == request_id
-            assert self.bench.controller.stats().num_inflight == before.num_inflight
-            return
-        for role, peers in (("p", placement.prefill), ("d", placement.decode)):
-            for peer in peers:
-                assert self.alive[peer.worker_id] == peer.epoch
-                assert peer.worker_id.startswith(role)
-
-    @rule(request_id=st.sampled_from(REQUESTS), outcome=st.sampled_from(["finished", "failed", "cancelled", "?"]))
-    def release(self, request_id: str, outcome: str) -> None:
-        self.bench.release(request_id, outcome)
-
-    @rule(seconds=st.sampled_from([0.01, 0.3, 4.0, 12.0]), seen=st.booleans())
-    def time_passes(self, seconds: float, seen: bool) -> None:
-        self.bench.now_s += seconds
-        if seen:
-            for client_id in CLIENTS:
-                self.bench.controller.client_seen(client_id)
-        for worker_id in self.bench.controller.expired().workers:
-            del self.alive[worker_id]
-
-    @invariant()
-    def the_books_agree(self) -> None:
-        self.bench.controller.check()
-        stats = self.bench.controller.stats()
-        assert 0 <= stats.num_inflight <= 8
-        assert stats.num_queued >= 0
-        assert stats.num_queued_tokens >= 0
-        assert {w.worker_id for w in self.bench.controller.topology().workers if w.state is not WorkerState.LOST} == self.alive.keys()
-
-    def teardown(self) -> None:
-        """Everything ends at zero once every request has been released."""
-        for request_id in REQUESTS:
-            self.bench.release(request_id)
-        self.bench.controller.check()
-        topology = self.bench.controller.topology()
-        assert self.bench.controller.stats().num_inflight == 0
-        assert all(w.num_placed == 0 for w in topology.workers)
-        assert all(m.num_inflight == 0 for m in topology.models)
-
-
-TestAnythingInAnyOrder = AnythingInAnyOrder.TestCase
-TestAnythingInAnyOrder.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)

@@ -104,10 +104,19 @@ def test_one_step_that_took_a_hundred_times_as_long_hardly_moves_the_fit() -> No
 
 def test_a_lasting_change_is_followed() -> None:
     fit = learned(Fit.guessed(TRUE_PREFILL, PREFILL_ANCHORS), prefills(3, 200))
-    slower = tuple(5 * c for c in TRUE_PREFILL)
-    fit = learned(fit, prefills(4, 300, (slower[0], slower[1], slower[2])))
+    first, second, third = (5 * c for c in TRUE_PREFILL)
+    slower = prefills(4, 300, (first, second, third))
     x = prefill_features([(0, 256)])
-    assert fit.predict(x) == pytest.approx(dot(slower, x), rel=0.15)
+    assert learned(fit, slower[:80]).predict(x) == pytest.approx(5 * dot(TRUE_PREFILL, x), rel=0.25)
+    assert learned(fit, slower).predict(x) == pytest.approx(5 * dot(TRUE_PREFILL, x), rel=0.1)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e-2, 1e2])
+def test_a_guess_that_is_far_off_is_left_behind_within_forty_steps(factor: float) -> None:
+    """One far too low would weigh its own first errors most, were they not divided by the time that was seen."""
+    fit = learned(Fit.guessed(tuple(c * factor for c in TRUE_PREFILL), PREFILL_ANCHORS), prefills(6, 40))
+    x = prefill_features([(0, 256)])
+    assert fit.predict(x) == pytest.approx(dot(TRUE_PREFILL, x), rel=0.15)
 
 
 def test_the_first_step_sets_the_level_and_keeps_the_proportions_of_the_guess() -> None:

@@ -112,6 +112,16 @@ def test_a_models_sequences_gather_where_it_runs_while_the_slo_has_room() -> Non
     assert to_decode(decode("d1"), decode("d2", running={A: 3}, resident=(A,))).worker_id == "d2"
 
 
+def test_a_worker_past_its_comfort_is_left_for_an_idle_one_that_has_the_weights() -> None:
+    busy = decode("d2", running={A: 3, B: 3}, resident=(A, B), step_s=0.04)
+    assert to_decode(decode("d1", resident=(A,), step_s=0.04), busy).worker_id == "d1"
+
+
+def test_a_batch_that_grows_is_counted_once() -> None:
+    choice = to_decode(decode("d1", running={A: 3, B: 1}, resident=(A, B)))
+    assert choice.tpot_s == pytest.approx(0.02)
+
+
 LIGHT = replace(ASK, weight_bytes=10**6)  # a switch of a millisecond
 
 

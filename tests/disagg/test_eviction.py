@@ -49,6 +49,11 @@ def test_a_slow_return_is_worth_as_much_as_a_likely_one() -> None:
     assert plan_eviction(view, 8 * KIB) == EvictionPlan(victims=(ModelName("a"),), offset=0)
 
 
+def test_it_is_the_seconds_lost_that_count_and_not_the_number_of_victims() -> None:
+    view = arena(resident("a", 0, 8, chance=0.5), resident("b", 8, 4, chance=0.2), resident("c", 12, 4, chance=0.2))
+    assert plan_eviction(view, 8 * KIB) == EvictionPlan(victims=(ModelName("b"), ModelName("c")), offset=8 * KIB)
+
+
 def test_a_model_with_work_stays_while_any_number_of_idle_ones_will_do() -> None:
     view = arena(
         resident("a", 0, 8, chance=0.0, has_work=True), resident("b", 8, 4, chance=0.99), resident("c", 12, 4, chance=0.99, reload_s=9.0)

@@ -56,16 +56,15 @@ def test_a_full_group_is_not_joined() -> None:
 def test_a_group_that_is_refilled_while_it_drains_still_ends() -> None:
     """The published rule counts those left in a group: one model's steady stream then keeps all others waiting for ever."""
     policy = GroupedFcfs(max_group_size=4)
-    memory = policy.start()
-    other = prompt(1, "b")
-    stream = prompt(0, "a")
-    for count in range(2, 10):
-        step, memory = policy.next_step(view(stream, other), memory)
+    memory, other = policy.start(), prompt(1, "b")
+    line = [prompt(0, "a"), prompt(2, "a")]
+    served = []
+    for count in range(3, 12):
+        step, memory = policy.next_step(view(*line, other), memory)
         assert step is not None
-        if step.model == "b":
-            break
-        stream = prompt(count, "a")  # the one before is done, the next one has come
-    assert count <= 2 + 4
+        served.append(step.model)
+        line = [line[1], prompt(count, "a")]  # one is done, and one more has come
+    assert served[:5] == ["a", "a", "a", "a", "b"]
 
 
 def test_small_prompts_of_the_leading_groups_share_a_step() -> None:

@@ -33,6 +33,10 @@ def test_a_failed_request_is_a_miss_with_all_its_missing_tokens_late() -> None:
     assert request_attainment([failed, outcome(1.0)]) == 0.5
 
 
+def test_tokens_beyond_those_due_earn_nothing() -> None:
+    assert token_attainment([outcome(0.1, 0.2, 0.3, num_due=1), outcome(num_due=1)]) == 0.5
+
+
 def test_a_refused_request_counts_against_both_shares() -> None:
     refused = outcome(num_due=10)
     assert token_attainment([refused]) == 0.0
