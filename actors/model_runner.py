@@ -20,7 +20,9 @@ from polymux.kernels.ops import PagedCache
 from polymux.kernels.paged import plan_writes
 from polymux.transport.errors import ConfigError
 
-ROW_STEP = 16  # beyond so many, rows are padded to a multiple: each count of rows costs oneDNN a set of kernels of its own
+# Rows are padded to one of these: each count of rows costs oneDNN a set of kernels of its own, half a megabyte for each shape of weight.
+ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+ROW_STEP = 64  # beyond the last of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,9 @@ class BoundModel:
         )
 
     def _padded(self, num_tokens: int) -> int:
-        step = INVARIANT_ROWS if self._skeleton.batch_invariant else ROW_STEP if num_tokens > ROW_STEP else 1
+        if num_tokens <= ROW_COUNTS[-1] and not self._skeleton.batch_invariant:
+            return next(count for count in ROW_COUNTS if count >= num_tokens)
+        step = INVARIANT_ROWS if self._skeleton.batch_invariant else ROW_STEP
         return -(-num_tokens // step) * step
 
 
