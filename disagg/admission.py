@@ -11,7 +11,6 @@ from polymux.transport.messages import KVLayout
 
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
-USABLE_KV = 15 / 16  # of the memory beside the weights; the rest is lost to slabs that blocks do not fill
 
 
 class Verdict(enum.StrEnum):
@@ -59,9 +58,8 @@ def decide(door: DoorView, limits: AdmissionLimits) -> Admission:
 
 
 def max_kv_tokens(arena_bytes: int, weight_bytes: int, kv: KVLayout) -> int:
-    """Tokens that one sequence can have in an arena that holds this model alone; 0 when not even its weights fit."""
-    kv_bytes = int((arena_bytes - weight_bytes) * USABLE_KV)
-    return max(0, kv_bytes // kv.block_bytes) * kv.block_size
+    """Tokens that one sequence could have in an arena that holds this model alone; 0 when not even its weights fit."""
+    return max(0, (arena_bytes - weight_bytes) // kv.block_bytes) * kv.block_size
 
 
 def _never_fits(door: DoorView) -> PolymuxError | None:

@@ -165,10 +165,10 @@ def test_a_sequence_that_no_arena_could_hold_beside_the_weights_is_the_clients_e
     bench = Bench()
     bench.controller.register(spec("a"))
     bench.join("p1", arena_bytes=64 * MIB)
-    bench.join("d1", arena_bytes=8 * MIB + 512 * KIB)  # 32 blocks of 16 KiB beside the weights, of which 30 count
-    bench.admit("fits", num_prompt_tokens=400, max_tokens=80)
-    with pytest.raises(ContextLengthExceeded, match="480 tokens"):
-        bench.admit("never", num_prompt_tokens=400, max_tokens=81)
+    bench.join("d1", arena_bytes=8 * MIB + 512 * KIB)  # 32 blocks of 16 KiB beside the weights
+    bench.admit("fits", num_prompt_tokens=400, max_tokens=112)
+    with pytest.raises(ContextLengthExceeded, match="512 tokens"):
+        bench.admit("never", num_prompt_tokens=400, max_tokens=113)
 
 
 def test_weights_that_no_arena_holds_are_the_operators_error() -> None:

@@ -129,7 +129,7 @@ def test_a_refusal_has_an_error_and_a_retry_only_where_a_retry_may_help(door: Do
 
 def test_capacity_is_what_the_weights_leave_in_whole_blocks() -> None:
     kv = KVLayout(num_layers=4, num_kv_heads=2, head_dim=32, dtype="bfloat16")
-    assert max_kv_tokens(kv.block_bytes * 32, 0, kv) == 30 * 16  # a sixteenth is lost to slabs
+    assert max_kv_tokens(kv.block_bytes * 33 - 1, 0, kv) == 32 * 16
     assert max_kv_tokens(1 << 20, 1 << 20, kv) == 0
     assert max_kv_tokens(1 << 20, 1 << 30, kv) == 0
 
