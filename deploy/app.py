@@ -11,6 +11,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from polymux.cluster.remote import RayControlPlane, call
 from polymux.deploy.http.api import build_asgi
 from polymux.deploy.http.frontdoor import FrontDoor
 from polymux.deploy.http.settings import FrontDoorSettings, HttpSettings
-from polymux.transport.errors import ConfigError
+from polymux.transport.errors import ConfigError, WorkerLost
 from polymux.transport.units import ClientId
 
 log = logging.getLogger("polymux.app")
@@ -135,15 +136,21 @@ async def _started(actor: Any) -> None:
         await call(actor.start.remote())
 
 
-def stop_serving(config: ClusterConfig) -> None:
-    """Drain the front doors, then stop the workers and the controller."""
+def stop_serving(config: ClusterConfig, *, keep_serve: bool = False) -> None:
+    """Drain the front doors, then stop the workers and the controller; and Ray Serve, unless others use it or Ray ends anyway."""
     serve.delete(config.name)
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    if not keep_serve and not serve.status().applications:
+        serve.shutdown()  # type: ignore[no-untyped-call]
     actor = find_controller(config)
     if actor is not None:
         asyncio.run(_stopped(actor))
 
 
 async def _stopped(actor: Any) -> None:
+    """Returns when the controller's name is free again."""
     async with asyncio.timeout(60.0):
         await call(actor.stop.remote())
+        with suppress(WorkerLost):
+            while True:
+                await call(actor.config.remote())
+                await asyncio.sleep(0.1)

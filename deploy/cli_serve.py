@@ -1,0 +1,177 @@
+"""Serving from the command line: a Ray of our own or a cluster that is there, up until a signal, then drained and taken down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import ray
+
+from polymux.cluster.bootstrap import find_controller, require_ray, start_local_ray
+from polymux.cluster.config import ClusterConfig
+from polymux.cluster.remote import RayControlPlane
+from polymux.deploy.app import start_serving, stop_serving
+from polymux.deploy.doctor import MAX_SOCKET_PATH, RAY_SOCKET
+from polymux.transport.errors import CheckpointError, ConfigError, WorkerLost
+
+log = logging.getLogger("polymux.serve")
+
+WATCH_S = 5.0  # how often the cluster's state is compared with the last one seen
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came while the cluster was starting, or a second one while it drained."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class Signals:
+    """What SIGINT and SIGTERM do: interrupt a start, end the wait, cut a drain short."""
+
+    def __init__(self) -> None:
+        self._came = threading.Event()
+        self._is_waiting = False
+        self._before: dict[signal.Signals, Any] = {}
+        self.name = ""
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_waiting or self._came.is_set():
+            raise Interrupted(number)
+        self.name = signal.Signals(number).name
+        self._came.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether a signal came within so long. From the first call on, one ends the wait and interrupts nothing."""
+        self._is_waiting = True
+        return self._came.wait(seconds)
+
+
+def serve(config: ClusterConfig, *, address: str | None) -> None:
+    """Serve until SIGINT or SIGTERM, then drain; a second signal does not wait for open streams.
+
+    Raises Interrupted for a signal during the start, WorkerLost when the controller dies, and what the start raises.
+    """
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout, force=True)
+    began_s = time.monotonic()
+    models, pools = ",".join(model.name for model in config.models), config.pools
+    log.info("serve.starting models=%s prefill=%d decode=%d ray=%s", models, pools.prefill.workers, pools.decode.workers, address or "own")
+    with Signals() as signals, serving(config, address=address) as url:
+        log.info("serve.ready url=%s seconds=%.1f models=%s", url, time.monotonic() - began_s, models)
+        _watch(config, signals)
+        log.info("serve.draining signal=%s", signals.name)
+    log.info("serve.stopped")
+
+
+@contextmanager
+def serving(config: ClusterConfig, *, address: str | None = None) -> Iterator[str]:
+    """The base URL of a cluster that is up for as long as the block lasts. Without an address it runs on a Ray of its own."""
+    if address is None:
+        config = with_free_port(config)
+    with _own_ray(config) if address is None else _joined(address):
+        is_own = address is None
+        try:
+            yield start_serving(config)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to show
+                stop_serving(config, keep_serve=is_own)
+            raise
+        stop_serving(config, keep_serve=is_own)
+
+
+def with_free_port(config: ClusterConfig) -> ClusterConfig:
+    """The configuration with port 0 replaced by a free one. Raises ConfigError when its port is taken, before anything is started."""
+    host, port = config.serve.host, config.serve.port
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}; stop what listens there, or give --port another (0 picks a free one)",
+                param="serve.port",
+            ) from None
+        port = probe.getsockname()[1]
+    return config.model_copy(update={"serve": config.serve.model_copy(update={"port": port})})
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    require_ray(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own_ray(config: ClusterConfig) -> Iterator[None]:
+    """Its logs go with it, unless something went wrong that they may explain."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder + RAY_SOCKET)) > MAX_SOCKET_PATH and Path("/tmp").is_dir():
+        folder = "/tmp"
+    temp_dir = tempfile.mkdtemp(prefix="polymux-ray-", dir=folder)
+    is_kept = False
+    try:
+        start_local_ray(config.pools.prefill.workers + config.pools.decode.workers, temp_dir)
+        yield
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception:
+        is_kept = True
+        raise
+    finally:
+        ray.shutdown()
+        if is_kept:
+            log.error("ray.logs_kept path=%s", Path(temp_dir) / "session_latest" / "logs")
+        else:
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _watch(config: ClusterConfig, signals: Signals) -> None:
+    """Log what changes, until a signal comes. Raises WorkerLost when the controller is gone."""
+    actor = find_controller(config)
+    if actor is None:
+        raise WorkerLost("the controller ended as soon as it had started; see Ray's logs")
+    control, seen = RayControlPlane(actor, deadline_s=10.0), dict[str, str]()
+    while not signals.wait(WATCH_S):
+        try:
+            states = _states(asyncio.run(control.topology()))
+        except TimeoutError:
+            log.warning("controller.silent seconds=10")
+            continue
+        for name, state in states.items():
+            if seen and seen.get(name) != state:
+                log.info("%s state=%s was=%s", name, state, seen.get(name, "unknown"))
+        seen = states
+
+
+def _states(topology: Mapping[str, Any]) -> dict[str, str]:
+    """What is worth a log line when it changes."""
+    states = {f"worker.state worker={worker['worker_id']} epoch={worker['epoch']}": str(worker["state"]) for worker in topology["workers"]}
+    ready = "yes" if topology["is_ready"] else "no: " + "; ".join(topology["reasons"])
+    return states | {"cluster.ready": ready}
