@@ -164,7 +164,7 @@ def test_edited_logits_match_a_plain_reference(prompt: tuple[int, ...], output: 
     logits = _logits(seed=seed)[0]
     expected = _edited_reference(logits.tolist(), prompt, output, params)
     state.edit_(logits)
-    assert logits.tolist() == pytest.approx(expected, abs=1e-5)
+    assert logits.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-5)
 
 
 def test_a_bias_can_force_and_forbid_a_token() -> None:
