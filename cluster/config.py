@@ -237,29 +237,37 @@ class ClusterConfig(Section):
             key, equals, text = override.partition("=")
             if not equals:
                 raise ConfigError(f"override {override!r} must be KEY=VALUE, such as engine.max_num_seqs=8")
-            _set(data, key.strip(), yaml.safe_load(text))
+            _set(data, key.strip(), _parse_yaml(text, f"override {override!r}"))
         config = cls.from_dict(data, source=str(path) if path is not None else "configuration")
         return config if path is None else _beside(config, Path(path).resolve().parent)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    data = _parse_yaml(text, str(path))
+    if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, not {type(data).__name__}")
-    return data
+    return data or {}
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}") from error
 
 
 def _set(data: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for parent in parents:
-        inner = data.setdefault(parent, {})
+        inner = data.get(parent)
+        if inner is None:
+            inner = data[parent] = {}
         if not isinstance(inner, dict):
             raise ConfigError(f"{path} cannot be set: {parent} is not a section but {inner!r:.40}", param=path)
         data = inner

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -20,6 +20,15 @@ class Section(BaseModel):
     """One part of the configuration: frozen, every field described, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, data: Any) -> Any:
+        """YAML reads a section whose lines are all commented out as null."""
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        return {k: v for k, v in data.items() if v is not None or k not in fields or not _is_section(fields[k].annotation)}
 
 
 S = TypeVar("S", bound=Section)
@@ -102,9 +111,13 @@ def _section(section: type[Section], loc: Sequence[int | str]) -> type[Section] 
     return current
 
 
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
 def _section_of(annotation: Any) -> type[Section] | None:
     """The section in a field's type, through optional, tuple and annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if _is_section(annotation):
         return annotation
     return next((inner for part in get_args(annotation) if (inner := _section_of(part))), None)
 

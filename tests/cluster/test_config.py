@@ -224,7 +224,16 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         ClusterConfig.load(tmp_path / "nowhere.yaml", environ={})
 
 
-@pytest.mark.parametrize("override", ["engine", "log_level.deep=1"])
+def test_a_section_whose_lines_are_all_commented_out_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.yaml"
+    path.write_text("engine:\n  # max_num_seqs: 4\npools:\n  decode:\nliveness:\n  orphan_timeout_s: null\n")
+    config = ClusterConfig.load(path, overrides=["engine.max_num_seqs=3"], environ={})
+    assert (config.engine.max_num_seqs, config.pools) == (3, ClusterConfig().pools)
+    assert config.liveness.orphan_timeout_s is None
+    assert ClusterConfig.load(path, environ={}).engine == ClusterConfig().engine
+
+
+@pytest.mark.parametrize("override", ["engine", "log_level.deep=1", "serve.port=["])
 def test_an_override_that_names_no_setting_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         ClusterConfig.load(overrides=["log_level=INFO", override], environ={})
