@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 
@@ -121,10 +122,10 @@ async def test_an_idle_cluster_takes_less_than_5_percent_of_a_core(url: str) -> 
 
 
 def front_doors_and_controller() -> list[int]:
-    from ray.util.state import list_actors
-
-    wanted = ("ControllerActor", "ServeReplica:polymux-test")
-    return [actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")]) if actor.class_name.startswith(wanted)]
+    """Processes of this test's Ray by the title that Ray gives them."""
+    titles = ("ray::ControllerActor", "ray::ServeReplica:polymux-test")
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if (line := child.cmdline()) and line[0].startswith(titles)]
 
 
 async def test_streams_survive_the_death_of_a_decode_worker(url: str) -> None:
