@@ -16,7 +16,7 @@ from polymux.actors.grants import Grants
 from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
-from polymux.actors.sampler import sample
+from polymux.actors.sampler import sample_each
 from polymux.actors.sequence import Phase, Sequence
 from polymux.actors.updates import failure, token_update
 from polymux.disagg.batching import choose_victims, form_batch, next_grant
@@ -197,10 +197,13 @@ class DecodeRole:
         )
         forward = ForwardBatch(token_ids=torch.tensor([s.last_token_id for s in batch]), slices=slices, logits_rows=None)
         logits = self._engine.forward(forward)
-        tokens = sample(logits, [s.sampler for s in batch])
+        tokens = sample_each(logits, [s.sampler for s in batch])
         now_s = self._engine.clock()
         self._meter.decoded(turn.model, len(batch), sum(s.num_cached for s in batch), now_s - started_s)
         for sequence, token in zip(batch, tokens, strict=True):
+            if isinstance(token, PolymuxError):
+                self._fail(sequence, token)
+                continue
             index = len(sequence.output_ids)
             sequence.append(token.token_id, now_s)
             reason = sequence.sampler.finish_reason(max_model_len_reached=sequence.num_tokens >= sequence.spec.max_model_len)

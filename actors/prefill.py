@@ -15,7 +15,7 @@ from polymux.actors.engine import Engine
 from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
-from polymux.actors.sampler import SampledToken, SamplerState, sample
+from polymux.actors.sampler import SampledToken, SamplerState, sample_each
 from polymux.actors.updates import token_update
 from polymux.disagg.prefill import PrefillPolicy, PrefillStep
 from polymux.disagg.views import PrefillView, PromptView
@@ -178,7 +178,10 @@ class PrefillRole:
         if not jobs:
             return
         states = [self._sampler_state(job) for job in jobs]
-        for job, state, token in zip(jobs, states, sample(logits, states), strict=True):
+        for job, state, token in zip(jobs, states, sample_each(logits, states), strict=True):
+            if isinstance(token, PolymuxError):
+                self._fail(job, token)
+                continue
             index = len(job.output_ids)
             state.append(token.token_id)
             reason = state.finish_reason(max_model_len_reached=job.num_tokens + 1 >= job.spec.max_model_len)

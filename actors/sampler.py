@@ -124,6 +124,20 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken]
     return _with_logprobs(logits, maxima, states, [token_ids[row] for row in range(len(states))])
 
 
+def sample_each(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken | NonFiniteLogits]:
+    """As `sample`, but a row without finite logits gets its error in the place of a token, and costs the others nothing."""
+    try:
+        return list(sample(logits, states))
+    except NonFiniteLogits as error:
+        bad = frozenset(error.rows)
+        good = [row for row in range(len(states)) if row not in bad]
+        tokens = sample_each(logits[good], [states[row] for row in good]) if good else []
+        results: list[SampledToken | NonFiniteLogits] = [error] * len(states)
+        for row, token in zip(good, tokens, strict=True):
+            results[row] = token
+        return results
+
+
 def _best(logits: Tensor, rows: Sequence[int], complaint: str) -> tuple[Tensor, Tensor]:
     """Greedy choices and their logits, which must be finite; `rows` are what to call the logits' rows in an error."""
     best = greedy(logits)

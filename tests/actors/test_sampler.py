@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polymux.actors.sampler import SampledToken, SamplerState, sample
+from polymux.actors.sampler import SampledToken, SamplerState, sample, sample_each
 from polymux.transport.errors import InvalidRequest, NonFiniteLogits
 from polymux.transport.messages import FinishReason, SamplingParams
 
@@ -294,3 +294,13 @@ def test_a_bias_outside_the_vocabulary_is_refused() -> None:
 
 def test_a_stop_id_outside_the_vocabulary_is_harmless() -> None:
     assert 0 <= _token(_logits(), _state(stop_token_ids=(10**6,), min_tokens=3)) < VOCAB_SIZE
+
+
+def test_a_row_without_finite_logits_costs_the_others_nothing() -> None:
+    logits = torch.linspace(-1, 1, 4 * 32).view(4, 32)
+    logits[1], logits[3] = torch.nan, -torch.inf
+    params = SamplingParams(max_tokens=4, temperature=0.8, seed=3)
+    states = [SamplerState(params, [1], [], (0,), 32) for _ in range(4)]
+    results = sample_each(logits, states)
+    assert [isinstance(result, NonFiniteLogits) for result in results] == [False, True, False, True]
+    assert results[::2] == sample(logits[::2], states[::2])
