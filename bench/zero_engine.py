@@ -73,7 +73,7 @@ class ZeroWorker:
     name: str
     eos: int = 1
     step_s: float = 0.0
-    may_step: Callable[[], None] = lambda: None
+    may_step: Callable[[], object] = lambda: None
     max_pending_bytes: int = 64 * MIB
     neighbours: dict[str, ZeroWorker] = field(default_factory=dict)  # by prefill worker id: who sends first tokens
     commands: list[Generate] = field(default_factory=list)

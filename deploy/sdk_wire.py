@@ -32,7 +32,8 @@ FIRST_DELAY_S = 0.25
 MAX_DELAY_S = 8.0
 MAX_RETRY_AFTER_S = 60.0  # a server that asks for more is not waited for
 
-_BY_CODE = {cls.code: cls for cls in ERRORS_BY_NAME.values() if cls.code is not None}
+_BY_CODE = {cls.code: cls for cls in ERRORS_BY_NAME.values() if cls.code is not None and "code" in vars(cls)}
+_BY_CODE[Overloaded.code] = Overloaded  # which inherits its code
 _BY_STATUS: dict[int, type[PolymuxError]] = {
     400: InvalidRequest,
     401: AuthenticationFailed,

@@ -174,10 +174,7 @@ class FrontDoor:
 
         Raises Draining, Overloaded, and what the controller refuses with.
         """
-        if self._is_draining:
-            raise Draining("the server is shutting down; try another", retry_after_s=5.0)
-        if len(self._open) >= self.settings.max_open_requests:
-            raise Overloaded(f"{len(self._open)} requests are open here; try again", retry_after_s=1.0)
+        self._check_room(generation.model)
         request = OpenRequest(
             generation,
             [Choice(i, one, tokenizer.detokenizer(), generation.stop) for i, one in enumerate(generation.sequences)],
@@ -187,32 +184,44 @@ class FrontDoor:
             metrics=self.metrics,
         )
         self._open.add(request)
-        outcome = "failed"
+        error: BaseException | None = None
         try:
             await request.start()
             yield request
-            outcome = "finished" if request.is_finished else "cancelled"
-        except Refused as error:
-            outcome = "refused"
-            self.metrics.rejected(generation.model, error.code or "")
-            raise
-        except (Cancelled, asyncio.CancelledError, GeneratorExit):
-            outcome = "cancelled"
+        except BaseException as caught:
+            error = caught
             raise
         finally:
             self._open.discard(request)
             self._has_ended.set()
-            request.close(outcome)
+            request.close(self._outcome(request, error or request.error))
+
+    def _check_room(self, model: ModelName) -> None:
+        refusal: Refused | None = None
+        if self._is_draining:
+            refusal = Draining("the server is shutting down; try another", retry_after_s=5.0)
+        elif len(self._open) >= self.settings.max_open_requests:
+            refusal = Overloaded(f"{len(self._open)} requests are open here; try again", retry_after_s=1.0)
+        if refusal is not None:
+            self.metrics.rejected(model, refusal.code or "")
+            raise refusal
+
+    def _outcome(self, request: OpenRequest, error: BaseException | None) -> str:
+        if request.is_finished:
+            return "finished"
+        if isinstance(error, Refused):
+            self.metrics.rejected(request.generation.model, error.code or "")
+            return "refused"
+        if error is None or isinstance(error, Cancelled | asyncio.CancelledError | GeneratorExit):
+            return "cancelled"
+        return "failed"
 
     async def admit(self, ask: Admit, timeout_s: float) -> Placement:
         """For open requests. Raises DeadlineExceeded or Overloaded when the controller does not answer in time."""
-        if timeout_s >= self.settings.control_timeout_s:
-            return await self._call(self._control.admit(ask), self.settings.control_timeout_s)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._control.admit(ask)
-        except TimeoutError:
-            raise DeadlineExceeded("the request's deadline passed while it waited to be admitted") from None
+        late = DeadlineExceeded("the request's deadline passed while it waited to be admitted")
+        if timeout_s < self.settings.control_timeout_s:
+            return await self._call(self._control.admit(ask), timeout_s, late)
+        return await self._call(self._control.admit(ask), self.settings.control_timeout_s)
 
     def release(self, release: Release) -> None:
         """For open requests: goes out in the background, a few times if need be; the controller's reaper has the last word."""
@@ -268,12 +277,12 @@ class FrontDoor:
                 is_heard = False
             await asyncio.sleep(self.settings.heartbeat_interval_s)
 
-    async def _call(self, call: Awaitable[T], timeout_s: float) -> T:
-        """A call to the controller that ends in time. Raises Overloaded when nobody answers, so that clients try again."""
+    async def _call(self, call: Awaitable[T], timeout_s: float, late: PolymuxError | None = None) -> T:
+        """A call to the controller that ends in time. Raises Overloaded when nobody answers, so that clients try again; or `late`."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await call
         except TimeoutError:
-            raise Overloaded(f"the controller did not answer within {timeout_s:g} s; try again", retry_after_s=1.0) from None
+            raise late or Overloaded(f"the controller did not answer within {timeout_s:g} s; try again", retry_after_s=1.0) from None
         except (PeerLost, WorkerLost) as error:
             raise Overloaded(f"the controller cannot be reached: {error.message}; try again", retry_after_s=1.0) from error

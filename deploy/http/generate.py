@@ -17,8 +17,8 @@ from polymux.deploy.http.choice import OffsetLogprobs
 from polymux.deploy.http.exchange import Exchange, envelope, read_body
 from polymux.deploy.http.formats import ChatFormat, CompletionFormat
 from polymux.deploy.http.frontdoor import FrontDoor, LoadedModel
-from polymux.deploy.http.generation import Generation, plan
-from polymux.deploy.http.openai import ChatCompletionRequest, ChatMessage, CompletionRequest, parse
+from polymux.deploy.http.generation import Defaults, Envelope, Generation, plan
+from polymux.deploy.http.openai import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest, parse
 from polymux.deploy.http.request import OpenRequest
 from polymux.deploy.http.settings import HttpSettings
 from polymux.deploy.http.sse import stream
@@ -52,6 +52,17 @@ class GenerateEndpoint:
         self._frontdoor = frontdoor
         self._settings = settings
 
+    def _plan(self, body: GenerationRequest, prompts: Sequence[Sequence[int]], model: LoadedModel, beside: Envelope) -> Generation:
+        return plan(
+            body,
+            prompts,
+            spec=model.spec,
+            defaults=model.defaults if self._settings.use_generation_config else Defaults(),
+            settings=self._settings,
+            envelope=beside,
+            seed=secrets.randbits(63),
+        )
+
     async def _serve(
         self, generation: Generation, model: LoadedModel, form: ChatFormat | CompletionFormat, is_stream: bool, receive: Receive, send: Send
     ) -> None:
@@ -78,9 +89,7 @@ class ChatEndpoint(GenerateEndpoint):
         exchange.user = body.safety_identifier or body.user
         model = await self._frontdoor.model(body.model)
         prompt = await encode_chat(model, body.messages)
-        generation = plan(
-            body, [prompt], spec=model.spec, defaults=model.defaults, settings=self._settings, envelope=beside, seed=secrets.randbits(63)
-        )
+        generation = self._plan(body, [prompt], model, beside)
         form = ChatFormat(body, beside.public_id, int(time.time()), model.tokenizer)
         await self._serve(generation, model, form, body.stream, receive, send)
 
@@ -95,9 +104,7 @@ class CompletionEndpoint(GenerateEndpoint):
         exchange.user = body.user
         model = await self._frontdoor.model(body.model)
         prompts = [await encode(model, one) if isinstance(one, str) else one for one in body.prompt]
-        generation = plan(
-            body, prompts, spec=model.spec, defaults=model.defaults, settings=self._settings, envelope=beside, seed=secrets.randbits(63)
-        )
+        generation = self._plan(body, prompts, model, beside)
         echoes = [one if isinstance(one, str) else model.tokenizer.decode(one) for one in body.prompt] if body.echo else None
         form = CompletionFormat(body, beside.public_id, int(time.time()), model.tokenizer, echoes)
         await self._serve(generation, model, form, body.stream, receive, send)

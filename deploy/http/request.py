@@ -84,11 +84,11 @@ class OpenRequest:
         self._timer = self._loop.call_at(self._deadline_s, self._expire)
         self._ask: Admit | None = None
         self.ttft_s: float | None = None
+        self.error: PolymuxError | None = None  # what ended it, if it did not finish
         self._num_open = len(self.choices)
         self._updates: list[SequenceUpdate] = []
         self._waiter: asyncio.Future[None] | None = None
         self._is_poked = False
-        self._error: PolymuxError | None = None
         self._is_closed = False
         self._places: dict[int, _Place] = {}
         self._choice_of: dict[SequenceId, Choice] = {}
@@ -135,8 +135,8 @@ class OpenRequest:
             if deltas or self._is_poked:
                 self._is_poked = False
                 return deltas
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             self._waiter = self._loop.create_future()
             await self._waiter
 
@@ -147,8 +147,8 @@ class OpenRequest:
 
     def fail(self, error: PolymuxError) -> None:
         """End it with this error, at the workers at once; the first one counts."""
-        if self._error is None and not self._is_closed:
-            self._error = error
+        if self.error is None and not self._is_closed:
+            self.error = error
             for choice in self.choices:
                 self._retire(choice, error.message)
             self._wake()
@@ -276,7 +276,7 @@ class OpenRequest:
     async def _place(self, placement: Placement | None) -> None:
         """Send every unplaced sequence to workers; those that cannot be reached are asked to be replaced. Ends in `fail` at the latest."""
         try:
-            while self._unplaced and self._error is None:
+            while self._unplaced and self.error is None:
                 placement = placement or await self._admit_again()
                 known = frozenset(self._excluded)
                 for index in sorted(self._unplaced):
@@ -299,7 +299,7 @@ class OpenRequest:
             raise WorkerLost(f"the request lost its workers {number} times; try again", retry_after_s=1.0)
         self._num_attempts[choice.index] += 1
         links = [await self._open(peer) for peer in (prefill, decode)]
-        if links[0] is None or links[1] is None or self._error is not None:
+        if links[0] is None or links[1] is None or self.error is not None:
             return
         suffix = f".{number}" if number else ""  # a late frame of an earlier attempt must not be taken for this one's
         sequence_id = SequenceId(f"{self.generation.envelope.request_id}/{choice.index}{suffix}")
