@@ -112,7 +112,7 @@ class Residency:
         plan = plan_eviction(self._view(wanted, lock_active=True), nbytes) or plan_eviction(self._view(wanted, lock_active=False), nbytes)
         if plan is None:
             raise OutOfMemory(
-                f"a weight image of {nbytes} bytes does not fit below the KV, which begins at {self.arena.border}; raise `arena`"
+                f"a weight image of {nbytes} bytes does not fit into the {self.arena.weight_reserve_bytes} kept for weights; raise `arena`"
             )
         for model in plan.victims:
             evicted.append(self.residents[model])
@@ -140,7 +140,7 @@ class Residency:
         now_s = self.clock()
         return ArenaView(
             start=0,
-            end=self.arena.border,
+            end=self.arena.weight_reserve_bytes,  # past it KV may be wanted at any time, and nothing would evict weights for it
             residents=tuple(
                 ResidentView(
                     model=model,
