@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -51,8 +51,14 @@ class Signals:
         self.name = ""
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install()
         return self
+
+    def install(self) -> None:
+        """Again after Ray has come up, which takes SIGTERM for itself."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
@@ -79,7 +85,7 @@ def serve(config: ClusterConfig, *, address: str | None) -> None:
     began_s = time.monotonic()
     models, pools = ",".join(model.name for model in config.models), config.pools
     log.info("serve.starting models=%s prefill=%d decode=%d ray=%s", models, pools.prefill.workers, pools.decode.workers, address or "own")
-    with Signals() as signals, serving(config, address=address) as url:
+    with Signals() as signals, serving(config, address=address, on_joined=signals.install) as url:
         log.info("serve.ready url=%s seconds=%.1f models=%s", url, time.monotonic() - began_s, models)
         _watch(config, signals)
         log.info("serve.draining signal=%s", signals.name)
@@ -87,12 +93,13 @@ def serve(config: ClusterConfig, *, address: str | None) -> None:
 
 
 @contextmanager
-def serving(config: ClusterConfig, *, address: str | None = None) -> Iterator[str]:
+def serving(config: ClusterConfig, *, address: str | None = None, on_joined: Callable[[], None] = lambda: None) -> Iterator[str]:
     """The base URL of a cluster that is up for as long as the block lasts. Without an address it runs on a Ray of its own."""
     if address is None:
         config = with_free_port(config)
     with _own_ray(config) if address is None else _joined(address):
         is_own = address is None
+        on_joined()
         try:
             yield start_serving(config)
         except BaseException:

@@ -296,6 +296,9 @@ def listening(host: str, port: int) -> Finding:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno == errno.EADDRINUSE and (server := polymux_at(host, port)):
+                fix = "to serve beside it, give another --port; 0 picks a free one"
+                return Finding(name=name, level=Level.NOTE, found=f"polymux {server} serves on {host}", fix=fix)
             if error.errno == errno.EADDRINUSE:
                 fix = f"stop what listens there (ss -ltnp 'sport = :{port}' names it), or serve with --port 0 or another"
                 return Finding(name=name, level=Level.MISSING, found=f"in use on {host}", fix=fix)
@@ -306,6 +309,17 @@ def listening(host: str, port: int) -> Finding:
                 fix="give --host an address of this machine, --port one above 1023",
             )
     return Finding(name=name, level=Level.OK, found=f"free on {host}")
+
+
+def polymux_at(host: str, port: int) -> str | None:
+    """The version of the polymux that answers there, if one does."""
+    import httpx
+
+    try:
+        answer = httpx.get(f"http://{f'[{host}]' if ':' in host else host}:{port}/version", timeout=2.0).json()
+    except (httpx.HTTPError, ValueError):
+        return None
+    return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
 
 def ray_token(environ: Mapping[str, str]) -> Finding:
