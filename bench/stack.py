@@ -120,7 +120,7 @@ def serving(path: Path, dtype: str, threads: int) -> Iterator[str]:
 
 def prompts(path: Path, count: int, num_tokens: int) -> list[list[int]]:
     """Prompts of one length that differ from each other, so that nothing can be answered from a cache."""
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.open(path)
     found = []
     for number in range(count):
         text = " ".join(WORDS[(number + 3 * i) % len(WORDS)] for i in range(4 * num_tokens))

@@ -173,6 +173,10 @@ class LivenessConfig(Section):
 class ServeConfig(Section):
     host: str = Field(default="127.0.0.1", description="address that HTTP listens on; 0.0.0.0 for all")
     port: int = Field(default=8000, ge=0, le=65535, description="HTTP port; 0 picks a free one")
+    ingress: Literal["direct", "proxy"] = Field(
+        default="direct",
+        description="direct: replicas listen themselves, which is faster; proxy: Ray Serve's proxy does. For polymux serve",
+    )
     route_prefix: str = Field(default="/", pattern=r"^/", description="path under which the API lies")
     replicas: int = Field(default=1, ge=1, le=256, description="front-door replicas")
     max_ongoing_requests: int = Field(default=1024, ge=1, description="requests that one replica holds at a time")

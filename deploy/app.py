@@ -17,7 +17,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from polymux.cluster.bootstrap import START_S, create_controller, find_controller
 from polymux.cluster.config import ClusterConfig
@@ -25,6 +25,7 @@ from polymux.cluster.remote import RayControlPlane, call
 from polymux.deploy.http.api import build_asgi
 from polymux.deploy.http.frontdoor import FrontDoor
 from polymux.deploy.http.settings import FrontDoorSettings, HttpSettings
+from polymux.deploy.listener import Listening, bind
 from polymux.transport.errors import ConfigError, WorkerLost
 from polymux.transport.units import ClientId
 
@@ -36,16 +37,20 @@ DRAIN_S = 20.0  # for open streams to end when a replica or the whole applicatio
 
 
 class FrontDoorReplica:
-    """One front-door process. `config` is plain data; the running controller's own configuration outranks it."""
+    """One front-door process. `config` is plain data; the running controller's own configuration outranks it.
 
-    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc] # Ray Serve awaits it
+    `listens`: it opens the configured port itself, for there is no proxy.
+    """
+
+    async def __init__(self, config: dict[str, Any], listens: bool) -> None:  # type: ignore[misc] # Ray Serve awaits it
         wanted = ClusterConfig.from_dict(config)
         actor = create_controller(wanted)
         async with asyncio.timeout(START_S):
             await call(actor.start.remote())
             running: ClusterConfig = await call(actor.config.remote())
             await self._reconcile(actor, wanted, running)
-        self._app = build_asgi(_front_door(running, RayControlPlane(actor)), _http_settings(running))
+        app = build_asgi(_front_door(running, RayControlPlane(actor)), _http_settings(running))
+        self._app: ASGIApp = Listening(app, wanted.serve, DRAIN_S) if listens else app
 
     async def _reconcile(self, actor: Any, wanted: ClusterConfig, running: ClusterConfig) -> None:
         """Models that a new configuration adds are registered; what else differs waits for a restart, and the log says so."""
@@ -58,7 +63,7 @@ class FrontDoorReplica:
         if changed:
             log.warning("app.config_differs sections=%s the running cluster keeps its own until it is stopped", ",".join(changed))
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
 
 
@@ -82,8 +87,8 @@ def _http_settings(config: ClusterConfig) -> HttpSettings:
     )
 
 
-def application(config: ClusterConfig) -> Application:
-    """The Serve application of one configuration."""
+def application(config: ClusterConfig, *, listens: bool = False) -> Application:
+    """The Serve application of one configuration, behind Serve's proxy unless its replicas listen themselves."""
     deployment = serve.deployment(
         name="front-door",
         num_replicas=config.serve.replicas,
@@ -93,7 +98,7 @@ def application(config: ClusterConfig) -> Application:
         ray_actor_options={"num_cpus": FRONT_DOOR_CPUS},
     )
     ingress: type[FrontDoorReplica] = serve.ingress(None)(FrontDoorReplica)
-    bound: Application = deployment(ingress).bind(config.to_dict(show_secrets=True))
+    bound: Application = deployment(ingress).bind(config.to_dict(show_secrets=True), listens)
     return bound
 
 
@@ -122,11 +127,17 @@ def start_serving(config: ClusterConfig, *, log_level: str = "WARNING") -> str:
 
     Raises what a worker or a checkpoint raised, as it was raised there.
     """
+    listens = config.serve.ingress == "direct"
+    if listens:
+        with bind(config.serve.host, config.serve.port, is_shared=False) as probe:  # before anything is started for nothing
+            serve_config = config.serve.model_copy(update={"port": probe.getsockname()[1]})
+        config = config.model_copy(update={"serve": serve_config})
     actor = create_controller(config)
     asyncio.run(_started(actor))
     http = {"host": config.serve.host, "port": config.serve.port, "request_timeout_s": None}  # deadlines are the front door's
-    serve.start(http_options=http, logging_config={"log_level": log_level})
-    serve.run(application(config), name=config.name, route_prefix=config.serve.route_prefix)
+    location = "Disabled" if listens else "EveryNode"
+    serve.start(proxy_location=location, http_options=http, logging_config={"log_level": log_level})
+    serve.run(application(config, listens=listens), name=config.name, route_prefix=config.serve.route_prefix)
     host = "127.0.0.1" if config.serve.host in ("0.0.0.0", "::") else config.serve.host
     return f"http://{host}:{config.serve.port}{config.serve.route_prefix.rstrip('/')}"
 
