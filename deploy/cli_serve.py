@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from polymux.cluster.config import ClusterConfig
 from polymux.cluster.remote import RayControlPlane
 from polymux.deploy.app import start_serving, stop_serving
 from polymux.deploy.doctor import MAX_SOCKET_PATH, RAY_SOCKET
+from polymux.deploy.listener import bind
 from polymux.transport.errors import CheckpointError, ConfigError, WorkerLost
 
 log = logging.getLogger("polymux.serve")
@@ -110,17 +110,8 @@ def serving(config: ClusterConfig, *, address: str | None = None, on_joined: Cal
 
 
 def with_free_port(config: ClusterConfig) -> ClusterConfig:
-    """The configuration with port 0 replaced by a free one. Raises ConfigError when its port is taken, before anything is started."""
-    host, port = config.serve.host, config.serve.port
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}; stop what listens there, or give --port another (0 picks a free one)",
-                param="serve.port",
-            ) from None
+    """The configuration with port 0 replaced by a free one. Raises ConfigError for a taken one, before Ray is started for nothing."""
+    with bind(config.serve.host, config.serve.port, is_shared=False) as probe:
         port = probe.getsockname()[1]
     return config.model_copy(update={"serve": config.serve.model_copy(update={"port": port})})
 
