@@ -180,6 +180,7 @@ class KVEdge:
             block_id = transfer.block_ids[move.first_block]
             damaged.damage("sink.land.move", self.target(transfer).view(block_id, move.layer_lo, move.layer_hi))
         if move.num_checked_blocks and self._checksum(transfer, move) != move.crc32:
+            self._check_fence()
             self._fail(transfer, TransferError(f"move {move.seq} arrived damaged: its checksum differs"))
             return
         with self._context.lock:
@@ -192,9 +193,7 @@ class KVEdge:
     def commit(self, commit: Commit) -> None:
         if self._context.faults:
             self._context.faults.strike("sink.receive.commit")
-        assert self._receiver is not None
-        if self._receiver.is_fenced():
-            raise PeerLost(f"worker {self.peer.worker_id} closed the edge before the commit")
+        self._check_fence()
         try:
             with self._context.lock:
                 transfer = self._context.ledger.commit(self.number, commit)
@@ -212,6 +211,12 @@ class KVEdge:
         self._stop_timer(transfer)
         self._context.emit(KVCommitted(transfer_id=transfer.transfer_id, sequence_id=transfer.sequence_id, prefilled=commit.prefilled))
         self._say(Ended(transfer_id=transfer.transfer_id, error=None))
+
+    def _check_fence(self) -> None:
+        """Raise PeerLost when the source has closed the edge: then its blocks may have been re-used before we copied them."""
+        assert self._receiver is not None
+        if self._receiver.is_fenced():
+            raise PeerLost(f"worker {self.peer.worker_id} has closed the edge")
 
     def _checksum(self, transfer: SinkTransfer, move: Move) -> int:
         grid, crc = self.target(transfer), 0

@@ -11,6 +11,7 @@ import enum
 import os
 import random
 import signal
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def _stop_here(action: Action | None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif action is Action.FREEZE:
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.02)  # another thread may be the first to stop
 
 
 class FaultySender:

@@ -1,16 +1,20 @@
-"""Shared by the transport tests: a token, small messages, and counting of what is left behind."""
+"""Shared by the transport tests: the two scripted ends of KV migration, and counting of what is left behind."""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-TOKEN = "0123456789abcdef0123"
+KV_PEER = Path(__file__).with_name("kv_peer.py")
 
 
 def eventually(claim: Callable[[], bool], within_s: float = 5.0) -> bool:
@@ -30,9 +34,38 @@ def num_fds() -> int:
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """The test leaves no descriptor and no thread behind."""
-    gc.collect()
     fds, threads = num_fds(), threading.active_count()
     yield
-    gc.collect()
+    if not eventually(lambda: num_fds() <= fds, 0.2):
+        gc.collect()
     assert eventually(lambda: num_fds() <= fds), f"{num_fds() - fds} descriptors left"
     assert eventually(lambda: threading.active_count() <= threads), [t.name for t in threading.enumerate()]
+
+
+@pytest.fixture(scope="session")
+def kv_peer() -> Any:
+    """The module of scripted peers, which is also a script."""
+    spec = importlib.util.spec_from_file_location("kv_peer", KV_PEER)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["kv_peer"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pair(kv_peer: Any) -> Callable[..., AbstractContextManager[Any]]:
+    """`with pair(source={...}, sink={...}) as (prefiller, decoder)`; at the end of each case both pools are whole."""
+
+    @contextmanager
+    def run(source: dict[str, Any] | None = None, sink: dict[str, Any] | None = None) -> Iterator[Any]:
+        prefiller, decoder = kv_peer.Prefiller(**(source or {})), kv_peer.Decoder(**(sink or {}))
+        try:
+            yield prefiller, decoder
+            decoder.until_over()
+            assert eventually(prefiller.is_whole), prefiller.report()
+            assert decoder.is_whole(), decoder.report()
+        finally:
+            decoder.close()
+            prefiller.close()
+
+    return run
