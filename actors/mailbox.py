@@ -12,7 +12,10 @@ T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """Many producers, one consumer. `post` never blocks: full means Overloaded, which the caller tells its peer."""
+    """Many producers, one consumer. `post` never blocks: full means Overloaded, which the caller tells its peer.
+
+    `tell` is for what must arrive and is bounded elsewhere: the ends of transfers, of which each edge has so many, and of connections.
+    """
 
     def __init__(self, capacity: int = 65_536) -> None:
         self._capacity = capacity
@@ -23,6 +26,9 @@ class Mailbox(Generic[T]):
         """Raises Overloaded when the consumer has fallen `capacity` items behind."""
         if len(self._items) >= self._capacity:
             raise Overloaded(f"the worker has {self._capacity} messages waiting; try again")
+        self.tell(item)
+
+    def tell(self, item: T) -> None:
         self._items.append(item)
         self._arrived.set()
 

@@ -70,7 +70,7 @@ class Worker:
             worker_id=settings.worker_id,
             token=settings.token,
             on_command=self._on_command,
-            on_client_lost=lambda client_id: self._post(lambda: self._client_lost(client_id)),
+            on_client_lost=lambda client_id: self._mailbox.tell(lambda: self._client_lost(client_id)),
             host=settings.host,
         )
         self._role: PrefillRole | DecodeRole | None = None
@@ -104,8 +104,8 @@ class Worker:
                 region=self._region,
                 host_id=hello.host_id,
                 on_order=self._on_order,
-                on_cancel=lambda ref, reason: self._post(lambda: self._prefill.cancel(ref, reason)),
-                on_released=lambda ref: self._post(lambda: self._prefill.released(ref)),
+                on_cancel=lambda ref, reason: self._mailbox.tell(lambda: self._prefill.cancel(ref, reason)),
+                on_released=lambda ref: self._mailbox.tell(lambda: self._prefill.released(ref)),
                 settings=settings.kv,
             )
             self._kv = source
@@ -138,12 +138,9 @@ class Worker:
 
     # -- from the transport's threads ---------------------------------------------------------------------------------
 
-    def _post(self, event: Callable[[], None]) -> None:
-        self._mailbox.post(event)
-
     def _on_command(self, client_id: ClientId, command: Generate | Cancel) -> None:
         if isinstance(command, Cancel):
-            self._post(partial(self._cancel, command))
+            self._mailbox.tell(partial(self._cancel, command))
             return
         try:
             if not isinstance(self._role, DecodeRole):
@@ -162,7 +159,7 @@ class Worker:
             self._kv.fail(ref, error)
 
     def _on_kv_event(self, event: KVEvent) -> None:
-        self._post(lambda: self._decode.kv_event(event))
+        self._mailbox.tell(lambda: self._decode.kv_event(event))
 
     # -- the engine thread --------------------------------------------------------------------------------------------
 
@@ -192,20 +189,25 @@ class Worker:
                 return  # the beat stops: the controller takes this worker out
 
     def _turn(self) -> bool:
-        """Take in what came, and step once. An unexpected error ends what is open here, with a reason, and not the worker."""
+        """Take in what came, and step once. False when there was nothing to step."""
         assert self._role is not None and self._outbox is not None
-        worked = True
-        try:
-            for event in self._mailbox.drain():
-                event()
-            worked = self._role.step()
-        except Exception as error:
-            log.exception("worker.step_failed worker=%s", self.settings.worker_id)
-            self._role.fail_all(PolymuxError(f"worker {self.settings.worker_id}: {type(error).__name__}: {error}"))
+        for event in self._mailbox.drain():
+            self._guarded(event)
+        worked = self._guarded(self._role.step)
         self._outbox.flush()
         if not worked or self._engine.clock() - self._published_s > PUBLISH_S:
             self._publish()
-        return worked
+        return worked is not False
+
+    def _guarded(self, work: Callable[[], bool | None]) -> bool | None:
+        """Do it. An unexpected error ends every open sequence with its reason; what was posted behind it is still done."""
+        assert self._role is not None
+        try:
+            return work()
+        except Exception as error:
+            log.exception("worker.step_failed worker=%s", self.settings.worker_id)
+            self._role.fail_all(PolymuxError(f"worker {self.settings.worker_id}: {type(error).__name__}: {error}"))
+            return None
 
     def _pause_s(self) -> float:
         assert self._role is not None

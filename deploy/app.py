@@ -149,9 +149,11 @@ async def _started(actor: Any) -> None:
 
 def stop_serving(config: ClusterConfig, *, keep_serve: bool = False) -> None:
     """Drain the front doors, then stop the workers and the controller; and Ray Serve, unless others use it or Ray ends anyway."""
-    serve.delete(config.name)
-    if not keep_serve and not serve.status().applications:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+    others = serve.status().applications.keys() - {config.name}
+    if keep_serve or others:
+        serve.delete(config.name)
+    else:
+        serve.shutdown()  # type: ignore[no-untyped-call] # goes on by itself if this process is killed meanwhile, as `ray job stop` does
     actor = find_controller(config)
     if actor is not None:
         asyncio.run(_stopped(actor))

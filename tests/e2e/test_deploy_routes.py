@@ -73,9 +73,10 @@ def head() -> Iterator[Head]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(15)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
         shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -114,6 +115,16 @@ def wait_gone(url: str, deadline_s: float = 60.0) -> None:
     raise AssertionError(f"{url} still serves")
 
 
+def wait_until_serve_is_gone(head: Head, deadline_s: float = 60.0) -> None:
+    """A job that stops takes Serve with it when nothing else was deployed: the next route starts its own."""
+    began_s = time.monotonic()
+    while time.monotonic() - began_s < deadline_s:
+        if not httpx.get(f"{head.dashboard}/api/serve/applications/", timeout=10).json().get("applications"):
+            return
+        time.sleep(0.5)
+    raise AssertionError("Serve applications are left")
+
+
 def small_config(folder: Path, name: str, port: int) -> Path:
     """Two of the demo models on two workers."""
     models = [{"name": model, "path": str(harness.DEMO / "models" / model), "dtype": "float32"} for model in harness.MODELS[:2]]
@@ -132,6 +143,7 @@ def test_ray_job_submit_serves_until_it_is_stopped(head: Head, tmp_path: Path) -
     assert f":{port}" in logs, "the job's log says where it serves"
     head.run("ray", "job", "stop", "--address", head.dashboard, "polymux-job")
     wait_gone(f"http://127.0.0.1:{port}")
+    wait_until_serve_is_gone(head)
 
 
 def test_serve_run_takes_an_import_path(head: Head, tmp_path: Path) -> None:
