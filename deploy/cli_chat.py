@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polymux.deploy.client import Client, Stream
-from polymux.transport.errors import InvalidRequest, ModelNotFound
+from polymux.transport.errors import InvalidRequest, ModelNotFound, PolymuxError
 
 HELP = (
     "/model NAME changes the model, /models lists them, /system TEXT sets the system message, /clear forgets the conversation, /exit ends"
@@ -99,7 +99,14 @@ class Conversation:
             if line in ("/exit", "/quit"):
                 return
             if line:
-                self.take(line)
+                self._try(line)
+
+    def _try(self, line: str) -> None:
+        """An error ends the answer, not the conversation."""
+        try:
+            self.take(line)
+        except PolymuxError as error:
+            self._console.print(str(error), style="red", markup=False, highlight=False)
 
     def take(self, line: str) -> None:
         """One line: a command, or a message to answer."""

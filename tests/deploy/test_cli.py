@@ -184,11 +184,21 @@ def test_commands_change_a_conversation_and_are_not_sent(conversation: Conversat
     assert "bytes" in said(conversation)
 
 
-def test_a_message_that_failed_is_forgotten(conversation: Conversation) -> None:
-    conversation.take("/model other")
-    with pytest.raises(Exception, match="other"):
-        conversation.take("hello")
-    assert conversation.messages == []
+def test_a_message_that_failed_is_forgotten_and_the_conversation_goes_on(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["/model other", "hello", "", "/model bytes", "again"])
+
+    def next_line(*_: Any) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(conversation._console, "input", next_line)
+    conversation.run()
+    assert "model 'other' is not registered" in said(conversation)
+    assert [message["content"] for message in conversation.messages] == ["again", "user: again\nassistant: "]
 
 
 # -- flags --------------------------------------------------------------------------------------------------------------------------
