@@ -80,6 +80,7 @@ class ZeroWorker:
     cancelled: list[SequenceId] = field(default_factory=list)
     lost_clients: list[ClientId] = field(default_factory=list)
     failures: dict[int, PolymuxError] = field(default_factory=dict)
+    num_tokens: int = 0  # made so far
 
     def start(self) -> ZeroWorker:
         self._running: dict[SequenceId, _Running] = {}
@@ -173,6 +174,7 @@ class ZeroWorker:
         is_end = (token_id == self.eos and not sampling.ignore_eos) or token_id in sampling.stop_token_ids
         reason = FinishReason.STOP if is_end else FinishReason.LENGTH if index + 1 == sampling.max_tokens else None
         one.index += 1
+        self.num_tokens += 1
         logprobs = () if sampling.logprobs is None else (zero_logprobs(token_id, index, sampling.logprobs),)
         return SequenceUpdate(sequence_id=sequence_id, index=index, token_ids=(token_id,), logprobs=logprobs, finish_reason=reason)
 

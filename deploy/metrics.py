@@ -81,9 +81,9 @@ class Metrics:
         self._num_waiting[model] -= 1
         self._ttft[model].observe(ttft_s)
 
-    def gap(self, model: str, count: int, gap_s: float) -> None:
-        """`count` tokens of a sequence, `gap_s` after the one before."""
-        self._itl[model].observe(gap_s / count, count)
+    def gaps(self, model: str) -> Histogram:
+        """Of times between two tokens of a sequence; at hand for each request, since it is written for each token."""
+        return self._itl[model]
 
     def ended(
         self, model: str, outcome: str, *, num_output_tokens: int, had_token: bool, latency_s: float, tpot_s: float | None, tenant: str
@@ -107,8 +107,8 @@ class Metrics:
     def rejected(self, model: str, code: str) -> None:
         self._counters["admission_rejections"][(model, code)] += 1
 
-    def replayed(self, model: str) -> None:
-        self._counters["replays"][(model,)] += 1
+    def replayed(self, model: str, num_sequences: int) -> None:
+        self._counters["replays"][(model,)] += num_sequences
 
     def responded(self, path: str, status: int) -> None:
         self._counters["http_responses"][(path, str(status))] += 1

@@ -40,6 +40,7 @@ T = TypeVar("T")
 RELEASE_ATTEMPTS = 3
 TOPOLOGY_TTL_S = 0.5  # how long a snapshot serves /ready and /metrics
 TOPOLOGY_TIMEOUT_S = 2.0
+LAST_WORDS_S = 1.0  # for requests that a closing front door has ended to tell their clients
 
 
 class ControlPlane(Protocol):
@@ -101,22 +102,28 @@ class FrontDoor:
         self._is_draining = True
 
     async def aclose(self) -> None:
-        """Wait for open requests within the drain time-out, cancel the rest, close all connections. May be called twice."""
+        """Wait for open requests within the drain time-out, end the rest, close all connections. May be called twice."""
         self.drain()
-        try:
-            async with asyncio.timeout(self.settings.drain_timeout_s):
-                while self._open:
-                    self._has_ended.clear()
-                    await self._has_ended.wait()
-        except TimeoutError:
+        if not await self._is_empty(self.settings.drain_timeout_s):
             for request in list(self._open):
                 request.fail(Draining("the server is shutting down"))
-            await asyncio.sleep(0)
+            await self._is_empty(LAST_WORDS_S)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
             await asyncio.gather(self._heartbeat, return_exceptions=True)
         await self._links.close()
+
+    async def _is_empty(self, within_s: float) -> bool:
+        """Whether the last open request ends in time."""
+        try:
+            async with asyncio.timeout(within_s):
+                while self._open:
+                    self._has_ended.clear()
+                    await self._has_ended.wait()
+        except TimeoutError:
+            return False
+        return True
 
     @property
     def num_open_requests(self) -> int:
@@ -158,7 +165,7 @@ class FrontDoor:
         return await asyncio.shield(task)
 
     async def _load(self, spec: ModelSpec) -> LoadedModel:
-        tokenizer, defaults = await asyncio.to_thread(lambda: (Tokenizer.open(spec.path), Defaults.read(spec.path)))
+        tokenizer, defaults = await asyncio.to_thread(lambda: (Tokenizer.open(spec.path, spec.chat_template), Defaults.read(spec.path)))
         log.info("model.loaded model=%s path=%s", spec.model, spec.path)
         return LoadedModel(spec=spec, tokenizer=tokenizer, defaults=defaults)
 
@@ -209,7 +216,7 @@ class FrontDoor:
     def _outcome(self, request: OpenRequest, error: BaseException | None) -> str:
         if request.is_finished:
             return "finished"
-        if isinstance(error, Refused):
+        if isinstance(error, Refused) and not request.is_admitted:
             self.metrics.rejected(request.generation.model, error.code or "")
             return "refused"
         if error is None or isinstance(error, Cancelled | asyncio.CancelledError | GeneratorExit):

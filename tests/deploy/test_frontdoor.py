@@ -118,7 +118,7 @@ async def test_a_first_token_that_died_with_its_prefill_worker_is_made_again(mak
 async def test_when_every_worker_dies_the_request_fails_in_time(
     make_stack: MakeStack, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polymux.deploy.http.request.READMIT_PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr("polymux.deploy.http.placer.READMIT_PAUSES_S", (0.01, 0.02))
     stack = make_stack(step_s=0.003)
     async with connect(stack) as client:
         request = asyncio.create_task(client.post("/v1/completions", json=PROMPT))
@@ -303,7 +303,8 @@ async def test_closing_does_not_wait_for_ever(make_stack: MakeStack, connect: Co
         await until(lambda: stack.num_running == 1)
         await stack.frontdoor.aclose()
         assert (await request).json()["error"]["code"] == "draining"
-    assert stack.num_running == 0
+    await until(lambda: stack.num_running == 0)
+    assert [release.outcome for release in stack.control.releases] == ["failed"]
 
 
 async def test_many_clients_at_once_each_get_their_own_text_and_nothing_is_left(make_stack: MakeStack, connect: Connect) -> None:

@@ -1,0 +1,227 @@
+"""Where the sequences of one request run: sent to their workers, sent again elsewhere when those are lost, taken back when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from polymux.deploy.http.choice import Choice
+from polymux.deploy.http.generation import Generation
+from polymux.deploy.http.links import Links, Listener
+from polymux.deploy.http.settings import FrontDoorSettings
+from polymux.transport.errors import PeerLost, PolymuxError, Refused, RequestTooLarge, WireError, WorkerLost
+from polymux.transport.link import WorkerLink
+from polymux.transport.messages import Admit, Generate, Peer, Placement, Release
+from polymux.transport.units import SequenceId, WorkerId, pack_ids
+
+log = logging.getLogger("polymux.frontdoor")
+
+READMIT_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # between asking again for the place of a lost worker
+
+
+class Admission(Protocol):
+    """The controller as a request needs it; both calls are bounded in time."""
+
+    async def admit(self, ask: Admit, timeout_s: float) -> Placement: ...
+
+    def release(self, release: Release) -> None: ...
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a sequence runs now. `num_before`: tokens that were out when it began there; its first one comes from the prefill worker."""
+
+    sequence_id: SequenceId
+    prefill: WorkerLink
+    decode: WorkerLink
+    num_before: int
+
+
+class Placer:
+    """Of one request, `listener`. What cannot be placed ends in a call of `fail`. `running` has the choices that workers owe tokens."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        choices: Sequence[Choice],
+        listener: Listener,
+        *,
+        settings: FrontDoorSettings,
+        links: Links,
+        admission: Admission,
+        deadline_s: float,
+        fail: Callable[[PolymuxError], None],
+    ) -> None:
+        self.running: dict[SequenceId, Choice] = {}
+        self.num_moved = 0
+        self.has_asked = False
+        self.is_admitted = False
+        self._generation = generation
+        self._choices = choices
+        self._listener = listener
+        self._settings = settings
+        self._links = links
+        self._admission = admission
+        self._loop = asyncio.get_running_loop()
+        self._deadline_s = deadline_s
+        self._fail = fail
+        self._ask = self._make_ask()
+        self._places: dict[int, _Place] = {}
+        self._unplaced = set(range(len(choices)))
+        self._num_attempts = [0] * len(choices)
+        self._excluded: set[WorkerId] = set()
+        self._lost: set[WorkerLink] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    async def start(self) -> None:
+        """Be admitted, then find workers in the background. Raises what the controller refuses with."""
+        self.has_asked = True
+        placement = await self._admission.admit(self._ask, self._remaining_s())
+        self.is_admitted = True
+        if not self._is_closed:
+            self._task = self._loop.create_task(self._place(placement))
+
+    def close(self, reason: str) -> None:
+        """Place nothing more, and free what runs. May be called twice."""
+        self._is_closed = True
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        for choice in self._choices:
+            self.retire(choice, reason)
+
+    def retire(self, choice: Choice, reason: str) -> None:
+        """Free it at its worker, unless the worker itself said that it was the end."""
+        place = self._places.pop(choice.index, None)
+        if place is not None:
+            self._links.ignore(place.sequence_id)
+            if not choice.is_finished or choice.stopped_by_text:
+                self._links.cancel(place.decode.peer, place.sequence_id, reason)
+
+    def lost(self, link: WorkerLink) -> None:
+        self._lost.add(link)
+        self._excluded.add(link.peer.worker_id)
+
+    def move_lost(self) -> None:
+        """Move every choice that a lost worker owes tokens: as its decode worker, or as a prefill worker whose token is missing."""
+        if not self._lost or self._is_closed:
+            return
+        for choice in self._choices:
+            place = self._places.get(choice.index)
+            if place is None or choice.is_finished:
+                continue
+            is_first_missing = choice.has_gap or len(choice.output_ids) == place.num_before
+            if place.decode in self._lost or (place.prefill in self._lost and is_first_missing):
+                self._move(choice, "its worker was lost")
+
+    def retry(self, choice: Choice, error: PolymuxError) -> None:
+        """Its decode worker gave it up, and lives: it said so. The fault may be the prefill worker's or the way's between the two."""
+        place = self._places.get(choice.index)
+        if place is not None and not self._is_closed:
+            self._excluded.add(place.prefill.peer.worker_id)
+            self._move(choice, error.message)
+
+    def _move(self, choice: Choice, reason: str) -> None:
+        log.info("request.replay request=%s choice=%d reason=%s", self._ask.request_id, choice.index, reason)
+        self.running.pop(self._places[choice.index].sequence_id)
+        self.retire(choice, "moved to another worker")
+        choice.restart()
+        self.num_moved += 1
+        self._unplaced.add(choice.index)
+        if self._task is None or self._task.done():
+            self._task = self._loop.create_task(self._place(None))
+
+    async def _place(self, placement: Placement | None) -> None:
+        """Send every unplaced sequence to workers; those that cannot be reached are asked to be replaced."""
+        try:
+            while self._unplaced and not self._is_closed:
+                placement = placement or await self._admit_again()
+                known = frozenset(self._excluded)
+                for index in sorted(self._unplaced):
+                    prefill, decode = placement.prefill[index], placement.decode[index]
+                    if not {prefill.worker_id, decode.worker_id} & (self._excluded - known):  # lost a moment ago, by its neighbours
+                        await self._send(self._choices[index], prefill, decode, placement)
+                placement = None
+        except WireError as error:
+            self._fail(RequestTooLarge(f"the prompt is too long to be sent to a worker: {error.message}"))
+        except PolymuxError as error:
+            self._fail(error)
+        except Exception:
+            log.exception("request.place_failed request=%s", self._ask.request_id)
+            self._fail(PolymuxError("internal error while finding workers"))
+
+    async def _send(self, choice: Choice, prefill: Peer, decode: Peer, placement: Placement) -> None:
+        """Start one sequence, or its rest. A worker that cannot be reached is excluded, and the sequence stays unplaced."""
+        number = self._num_attempts[choice.index]
+        if number > self._settings.max_replays:
+            raise WorkerLost(f"the request lost its workers {number} times; try again", retry_after_s=1.0)
+        self._num_attempts[choice.index] += 1
+        links = [await self._open(peer) for peer in (prefill, decode)]
+        if links[0] is None or links[1] is None or self._is_closed:
+            return
+        suffix = f".{number}" if number else ""  # a late frame of an earlier attempt must not be taken for this one's
+        sequence_id = SequenceId(f"{self._ask.request_id}/{choice.index}{suffix}")
+        self._unplaced.discard(choice.index)
+        self._places[choice.index] = _Place(sequence_id, links[0], links[1], len(choice.output_ids))
+        self.running[sequence_id] = choice
+        self._links.listen(sequence_id, self._listener)
+        with suppress(PeerLost):  # the loss is told to all who use the link
+            await links[1].send(self._command(choice, sequence_id, prefill, placement))
+        if self._lost & {links[0], links[1]}:  # before they had this place
+            self._listener.link_lost(links[0] if links[0] in self._lost else links[1])
+
+    def _command(self, choice: Choice, sequence_id: SequenceId, prefill: Peer, placement: Placement) -> Generate:
+        return Generate(
+            sequence_id=sequence_id,
+            model=self._generation.model,
+            prompt_ids=choice.plan.prompt_ids,
+            output_ids=pack_ids(choice.output_ids),
+            sampling=choice.plan.sampling,
+            prefill=prefill,
+            deadline_s=self._remaining_s(),
+            ttft_slo_s=placement.ttft_slo_s,
+            tpot_slo_s=placement.tpot_slo_s,
+        )
+
+    async def _open(self, peer: Peer) -> WorkerLink | None:
+        try:
+            return await self._links.open(peer, self._listener, min(self._settings.connect_timeout_s, self._remaining_s()))
+        except PeerLost as error:
+            log.info("request.unreachable request=%s worker=%s reason=%s", self._ask.request_id, peer.worker_id, error)
+            self._excluded.add(peer.worker_id)
+            return None
+
+    async def _admit_again(self) -> Placement:
+        """The same request with its lost workers excluded; while none can be had, wait a little for one to come back."""
+        refusal: PolymuxError | None = None
+        for pause_s in READMIT_PAUSES_S:
+            ask = replace(self._ask, deadline_s=self._remaining_s(), excluded=tuple(sorted(self._excluded)))
+            try:
+                return await self._admission.admit(ask, self._remaining_s())
+            except Refused as error:
+                refusal = error
+                self._excluded.clear()  # a worker that was restarted under its old name is as good as another
+                await asyncio.sleep(pause_s)
+        raise WorkerLost(f"no worker could take the request over: {refusal}; try again", retry_after_s=1.0)
+
+    def _make_ask(self) -> Admit:
+        envelope, sequences = self._generation.envelope, self._generation.sequences
+        return Admit(
+            request_id=envelope.request_id,
+            client_id=self._settings.client_id,
+            model=self._generation.model,
+            num_prompt_tokens=max(one.num_prompt_tokens for one in sequences),
+            max_tokens=max(one.sampling.max_tokens for one in sequences),
+            num_sequences=len(sequences),
+            deadline_s=self._remaining_s(),
+            ttft_slo_s=envelope.ttft_slo_s,
+            tpot_slo_s=envelope.tpot_slo_s,
+            tenant=envelope.tenant,
+        )
+
+    def _remaining_s(self) -> float:
+        return max(self._deadline_s - self._loop.time(), 0.001)
