@@ -72,6 +72,8 @@ class ModelSpec:
     ttft_slo_s: float = 10.0
     tpot_slo_s: float = 0.1
     created: int = 0  # unix seconds, for /v1/models
+    is_pinned: bool = False  # once resident, its weights are not evicted
+    chat_template: str | None = None  # path of a Jinja file in the place of the checkpoint's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

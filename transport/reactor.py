@@ -34,8 +34,8 @@ class Reactor:
             if not self.loop.is_closed():
                 raise
 
-    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Run a coroutine in the thread and wait for its result; never from the thread itself."""
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 30.0) -> T:
+        """Run a coroutine in the thread and wait for its result; never from the thread itself. Raises TimeoutError."""
         assert not self.is_current, "would wait for itself"
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 

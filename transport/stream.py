@@ -107,17 +107,16 @@ class WorkerServer:
 
     def close(self) -> None:
         """Stop listening and drop every connection. May be called twice."""
-        if not self.reactor.loop.is_closed() and self._listener is not None:
+        if not self.reactor.loop.is_closed():
             self.reactor.run(self._shut())
         if self._owns_reactor:
             self.reactor.close()
 
     async def _shut(self) -> None:
-        if self._listener is None:
-            return
-        self.reactor.loop.remove_reader(self._listener)
-        self._listener.close()
-        self._listener = None
+        if self._listener is not None:
+            self.reactor.loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
         for task in self._handshakes:
             task.cancel()
         await asyncio.gather(*self._handshakes, return_exceptions=True)

@@ -11,9 +11,11 @@ A block of the decode side's region is in at most one live transfer, whatever th
 from __future__ import annotations
 
 import enum
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from polymux.transport.errors import GrantViolation, LayoutMismatch, Overloaded, StaleEpoch, TransferError
 from polymux.transport.kv_types import OrderRef
@@ -49,53 +51,56 @@ class Coverage:
         self.num_missing -= (layer_hi - layer_lo) * count
 
 
+Ranges = NDArray[np.int64]  # [n, 2]: first byte and the one past the last, sorted
+
+
 class Spans:
     """Byte ranges in use, none overlapping."""
 
     def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._starts: NDArray[np.int64] = np.empty(0, np.int64)
+        self._ends: NDArray[np.int64] = np.empty(0, np.int64)
 
-    def add(self, spans: Sequence[tuple[int, int]]) -> None:
-        """All or nothing. Raises GrantViolation when one overlaps a range in use."""
-        for start, end in spans:
-            at = bisect_right(self._starts, start)
-            if (at and self._ends[at - 1] > start) or (at < len(self._starts) and self._starts[at] < end):
-                raise GrantViolation(f"bytes [{start}, {end}) overlap another live grant")
-        for start, end in spans:
-            at = bisect_left(self._starts, start)
-            self._starts.insert(at, start)
-            self._ends.insert(at, end)
+    def add(self, ranges: Ranges) -> None:
+        """All or nothing; the ranges do not overlap each other. Raises GrantViolation when one overlaps a range in use."""
+        at = np.searchsorted(self._starts, ranges[:, 0], side="right")
+        ends_before = np.concatenate([[0], self._ends])[at]
+        starts_after = np.append(self._starts, np.iinfo(np.int64).max)[at]
+        overlaps = np.flatnonzero((ends_before > ranges[:, 0]) | (starts_after < ranges[:, 1]))
+        if len(overlaps):
+            start, end = ranges[overlaps[0]]
+            raise GrantViolation(f"bytes [{start}, {end}) overlap another live grant")
+        self._starts = np.insert(self._starts, at, ranges[:, 0])
+        self._ends = np.insert(self._ends, at, ranges[:, 1])
 
-    def remove(self, spans: Sequence[tuple[int, int]]) -> None:
-        for start, end in spans:
-            at = bisect_left(self._starts, start)
-            assert self._starts[at] == start and self._ends[at] == end
-            del self._starts[at], self._ends[at]
+    def remove(self, ranges: Ranges) -> None:
+        at = np.searchsorted(self._starts, ranges[:, 0])
+        assert (self._starts[at] == ranges[:, 0]).all() and (self._ends[at] == ranges[:, 1]).all()
+        self._starts = np.delete(self._starts, at)
+        self._ends = np.delete(self._ends, at)
 
     @property
     def num_bytes(self) -> int:
-        return sum(self._ends) - sum(self._starts)
+        return int((self._ends - self._starts).sum())
 
 
-def spans_of(block_ids: Sequence[int], layout: KVLayout, region_bytes: int) -> list[tuple[int, int]]:
+def ranges_of(block_ids: Sequence[int], layout: KVLayout, region_bytes: int) -> Ranges:
     """The byte ranges of distinct blocks, neighbours merged. Raises GrantViolation for no blocks, a duplicate, or one out of range."""
-    if not block_ids:
+    if not len(block_ids):
         raise GrantViolation("the grant names no blocks; every prompt needs at least one")
-    ordered = sorted(block_ids)
+    ids = np.sort(np.asarray(block_ids, np.int64))
     num_blocks = region_bytes // layout.block_bytes
-    if ordered[0] < 0 or ordered[-1] >= num_blocks:
-        bad = ordered[0] if ordered[0] < 0 else ordered[-1]
+    if ids[0] < 0 or ids[-1] >= num_blocks:
+        bad = ids[0] if ids[0] < 0 else ids[-1]
         raise GrantViolation(f"block {bad} is outside the {num_blocks} blocks of {layout.block_bytes} bytes in the region")
-    runs: list[list[int]] = []
-    for block_id in ordered:
-        if runs and block_id == runs[-1][1]:
-            runs[-1][1] += 1
-        elif runs and block_id < runs[-1][1]:
-            raise GrantViolation(f"block {block_id} is granted twice")
-        else:
-            runs.append([block_id, block_id + 1])
-    return [(lo * layout.block_bytes, hi * layout.block_bytes) for lo, hi in runs]
+    steps = np.diff(ids)
+    twice = np.flatnonzero(steps == 0)
+    if len(twice):
+        raise GrantViolation(f"block {ids[twice[0]]} is granted twice")
+    breaks = np.flatnonzero(steps != 1)
+    starts, ends = ids[np.concatenate([[0], breaks + 1])], ids[np.append(breaks, len(ids) - 1)] + 1
+    ranges: Ranges = np.stack([starts, ends], axis=1) * layout.block_bytes
+    return ranges
 
 
 class SinkState(enum.Enum):
@@ -117,7 +122,7 @@ class SinkTransfer:
     block_ids: list[int]
     source_epoch: Epoch
     target_epoch: Epoch
-    spans: list[tuple[int, int]]
+    ranges: Ranges
     coverage: Coverage
     state: SinkState = SinkState.GRANTED
 
@@ -172,11 +177,11 @@ class SinkLedger:
         if grant.transfer_id in books.transfers:
             raise GrantViolation(f"transfer {grant.transfer_id} is outstanding already; take ids from next_transfer_id")
         block_ids = unpack_ids(grant.block_ids)
-        spans = spans_of(block_ids, layout, self._region_bytes)
+        ranges = ranges_of(block_ids, layout, self._region_bytes)
         num_bytes = len(block_ids) * layout.block_bytes
         if len(books.transfers) >= self._max_transfers or books.num_bytes + num_bytes > self._max_bytes:
             raise Overloaded(f"{len(books.transfers)} transfers of {books.num_bytes} bytes are outstanding with {books.source_id}")
-        self._spans.add(spans)
+        self._spans.add(ranges)
         coverage = Coverage(layout.num_layers, len(block_ids))
         transfer = SinkTransfer(
             edge,
@@ -186,7 +191,7 @@ class SinkLedger:
             block_ids,
             grant.source_epoch,
             grant.target_epoch,
-            spans,
+            ranges,
             coverage,
         )
         books.transfers[grant.transfer_id] = transfer
@@ -270,7 +275,7 @@ class SinkLedger:
         books = self._edges[transfer.edge]
         del books.transfers[transfer.transfer_id]
         books.num_bytes -= transfer.num_bytes
-        self._spans.remove(transfer.spans)
+        self._spans.remove(transfer.ranges)
 
     def check(self) -> None:
         """Assert that the books agree with each other."""

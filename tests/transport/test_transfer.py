@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -15,7 +15,7 @@ from polymux.transport.errors import GrantViolation, LayoutMismatch, Overloaded,
 from polymux.transport.kv_types import OrderRef
 from polymux.transport.messages import Grant, KVLayout, Prefill, Prefilled, SamplingParams
 from polymux.transport.protocol import Commit, Ended, Failed, Move
-from polymux.transport.transfer import Coverage, SinkLedger, SinkState, SinkTransfer, SourceOrder, SourceState, Spans, spans_of
+from polymux.transport.transfer import Coverage, SinkLedger, SinkState, SinkTransfer, SourceOrder, SourceState, Spans, ranges_of
 from polymux.transport.units import ClientId, Epoch, ModelName, SequenceId, TransferId, WorkerId, pack_ids
 
 SMALL = KVLayout(num_layers=2, num_kv_heads=1, head_dim=1, dtype="bfloat16", block_size=4)  # 32 bytes a block
@@ -268,19 +268,26 @@ def test_source_side_books_refuse_what_the_grant_does_not_hold() -> None:
     assert order.state is SourceState.COMMITTED and not order.is_active
 
 
-def test_spans_of_scattered_blocks_are_merged_runs() -> None:
-    assert spans_of([5, 4, 9, 3], SMALL, REGION_BYTES) == [(96, 192), (288, 320)]
+def test_ranges_of_scattered_blocks_are_merged_runs() -> None:
+    assert ranges_of([5, 4, 9, 3], SMALL, REGION_BYTES).tolist() == [[96, 192], [288, 320]]
 
 
-def test_spans_give_back_exactly_what_was_taken() -> None:
-    spans = Spans()
-    spans.add([(0, 10), (20, 30)])
-    spans.add([(10, 20)])
-    with pytest.raises(GrantViolation):
-        spans.add([(9, 11)])
-    spans.remove([(0, 10), (20, 30)])
-    assert spans.num_bytes == 10
-    spans.add([(0, 10)])
+@settings(max_examples=200, deadline=None, database=None)
+@given(st.lists(st.sets(st.integers(0, 29), min_size=1, max_size=6), max_size=8))
+def test_spans_refuse_exactly_what_overlaps_and_give_back_what_was_taken(grants: list[set[int]]) -> None:
+    spans, taken = Spans(), set[int]()
+    for blocks in grants:
+        ranges = ranges_of(sorted(blocks), SMALL, REGION_BYTES)
+        if blocks & taken:
+            with pytest.raises(GrantViolation):
+                spans.add(ranges)
+        else:
+            spans.add(ranges)
+            taken |= blocks
+            if len(blocks) % 2:
+                spans.remove(ranges)
+                taken -= blocks
+        assert spans.num_bytes == len(taken) * SMALL.block_bytes
 
 
 def test_coverage_counts_what_is_missing() -> None:
