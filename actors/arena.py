@@ -51,7 +51,7 @@ class Arena:
         self.slab_bytes = slab_bytes or default_slab_bytes(region.nbytes)
         self.num_slabs = region.nbytes // self.slab_bytes
         if self.num_slabs < 2:
-            raise ConfigError(f"arena={region.nbytes} bytes holds fewer than two slabs of {self.slab_bytes} bytes; raise `arena`")
+            raise ConfigError(f"arena={region.nbytes} bytes holds fewer than two slabs of {self.slab_bytes} bytes; raise arena_bytes")
         if not 0 <= weight_reserve_bytes < region.nbytes:
             raise ConfigError(f"weight reserve of {weight_reserve_bytes} bytes leaves no KV in an arena of {region.nbytes}; lower it")
         self.weight_reserve_bytes = weight_reserve_bytes

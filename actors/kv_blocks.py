@@ -27,7 +27,7 @@ class BlockPool:
         if layout.block_bytes * 2 > arena.slab_bytes:
             raise ConfigError(
                 f"a KV block of {layout.block_bytes} bytes needs slabs of at least {2 * layout.block_bytes}, "
-                f"and this arena's are {arena.slab_bytes}; raise `arena` or set `slab`"
+                f"and this arena's are {arena.slab_bytes}; raise arena_bytes or engine.slab_bytes"
             )
         self.layout = layout
         self._arena = arena

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from polymux.actors.chat_template import ChatTemplate, Message, load_templates
 from polymux.actors.detokenizer import Detokenizer, detokenizer
 from polymux.actors.token_pieces import TokenPieces
-from polymux.actors.weights.json_file import read_object
+from polymux.actors.weights.json_file import read_object, read_text
 from polymux.transport.errors import CheckpointError, InvalidRequest
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -39,8 +39,11 @@ class Tokenizer:
         self.has_chat_template = bool(templates)
 
     @classmethod
-    def open(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a checkpoint directory. Raises CheckpointError naming the file and the fix."""
+    def open(cls, path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
+        """The tokenizer of a checkpoint directory, with that Jinja file in the place of its chat template where one is given.
+
+        Raises CheckpointError naming the file and the fix.
+        """
         path = Path(path)
         file = path / "tokenizer.json"
         if not file.is_file():
@@ -49,7 +52,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{file}: is not a tokenizer ({error}); download it again") from error
-        return cls(backend, load_templates(path), _read_config(path), str(path))
+        templates = load_templates(path) if chat_template is None else {"default": read_text(Path(chat_template))}
+        return cls(backend, templates, _read_config(path), str(path))
 
     @property
     def vocab_size(self) -> int:

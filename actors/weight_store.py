@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from polymux.actors.models.config import ArchConfig
+from polymux.actors.tokenizer import Tokenizer
 from polymux.actors.weights.checkpoint import Checkpoint
 from polymux.actors.weights.image import ImageManifest, build_image
 from polymux.transport.errors import ConfigError, ModelNotFound, OutOfMemory
@@ -32,6 +33,8 @@ class ModelSource:
     max_model_len: int | None = None  # None: the checkpoint's
     ttft_slo_s: float = 10.0
     tpot_slo_s: float = 0.1
+    is_pinned: bool = False
+    chat_template: str | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +64,7 @@ class WeightStore:
         Raises CheckpointError, ConfigError, or OutOfMemory when the image alone exceeds the budget; then nothing is registered.
         """
         checkpoint = Checkpoint.open(source.path)
+        Tokenizer.open(checkpoint.path, source.chat_template)  # what the front door will need; better refused here than there
         dtype = checkpoint.dtype if source.dtype == "auto" else source.dtype
         if dtype not in ITEM_BYTES:
             raise ConfigError(f"models.{source.model}.dtype={dtype!r} is not one of auto, {', '.join(ITEM_BYTES)}")
@@ -168,4 +172,6 @@ def _describe(source: ModelSource, checkpoint: Checkpoint, dtype: str, *, weight
         ttft_slo_s=source.ttft_slo_s,
         tpot_slo_s=source.tpot_slo_s,
         created=int(time.time()),
+        is_pinned=source.is_pinned,
+        chat_template=source.chat_template,
     )

@@ -32,7 +32,6 @@ from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
 
 log = logging.getLogger("polymux.worker")
 
-IDLE_PROBE_S = 5.0  # how often an idle engine proves that it still computes
 STOP_S = 10.0  # for the engine thread to finish its step
 PUBLISH_S = 0.1  # how old a busy worker's snapshot may be
 
@@ -54,6 +53,7 @@ class WorkerSettings:
     policy: str  # of `disagg.prefill` or `disagg.multiplex`, by role
     policy_settings: tuple[tuple[str, float], ...] = ()
     kv: KVSettings = field(default_factory=KVSettings)
+    probe_interval_s: float = 10.0  # how often an idle engine proves that it still computes
 
 
 class Worker:
@@ -212,8 +212,8 @@ class Worker:
     def _pause_s(self) -> float:
         assert self._role is not None
         deadline_s = self._role.next_deadline_s()
-        until_s = IDLE_PROBE_S if deadline_s is None else deadline_s - self._engine.clock()
-        return min(max(until_s, 0.001), IDLE_PROBE_S)
+        until_s = self.settings.probe_interval_s if deadline_s is None else deadline_s - self._engine.clock()
+        return min(max(until_s, 0.001), self.settings.probe_interval_s)
 
     def _probe(self) -> bool:
         try:
@@ -228,7 +228,7 @@ class Worker:
         """What the controller is told. Safe from any thread: it reads what the engine thread last published, and how old its beat is."""
         loads, active, free_bytes, blocks_out, num_open = self._published
         age_s = self._engine.clock() - self._beat_s
-        is_idle = num_open == 0 and age_s < 2 * IDLE_PROBE_S
+        is_idle = num_open == 0 and age_s < 2 * self.settings.probe_interval_s
         return WorkerReport(
             worker_id=self.settings.worker_id,
             epoch=self._epoch,

@@ -66,7 +66,6 @@ class EngineConfig(Section):
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="sequences in one decode batch of a model")
     max_num_batched_tokens: int = Field(default=512, ge=16, le=1 << 20, description="token budget of one prefill step")
     block_size: Literal[16] = Field(default=16, description="token slots in a KV block; 16 is what the kernels are built for")
-    kv_dtype: DType = Field(default="auto", description="dtype of cached keys and values; auto takes the model's")
     weight_layout: Literal["auto", "plain", "onednn"] = Field(default="auto", description="how weights lie in memory; auto goes by device")
     kv_fraction: float = Field(default=0.3, gt=0, lt=1, description="share of the arena that weights may never take")
     slab_bytes: AutoBytes = Field(default=None, description="unit in which KV memory is given to models; auto fits their blocks")
@@ -182,11 +181,6 @@ class ServeConfig(Section):
     max_ongoing_requests: int = Field(default=1024, ge=1, description="requests that one replica holds at a time")
 
 
-class PathsConfig(Section):
-    cache_dir: str = Field(default="~/.cache/polymux", description="where learned costs and downloads are kept")
-    runtime_dir: str | None = Field(default=None, description="where unix sockets lie; unset takes a private temporary directory")
-
-
 class ClusterConfig(Section):
     """Everything about one cluster. `ClusterConfig()` is valid: no models yet, one worker of each role."""
 
@@ -201,7 +195,6 @@ class ClusterConfig(Section):
     store: StoreConfig = Field(default=StoreConfig(), description="weight images in host memory")
     liveness: LivenessConfig = Field(default=LivenessConfig(), description="leases and time-outs")
     serve: ServeConfig = Field(default=ServeConfig(), description="the HTTP front door")
-    paths: PathsConfig = Field(default=PathsConfig(), description="directories")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="the least severe event that is logged")
 
     @model_validator(mode="after")
@@ -279,7 +272,12 @@ def _set(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _beside(config: ClusterConfig, folder: Path) -> ClusterConfig:
+    """Paths that exist beside the file are taken from there."""
+
+    def there(path: str | None) -> str | None:
+        return str(folder / path) if path is not None and (folder / path).exists() else path
+
     models = tuple(
-        model.model_copy(update={"path": str(folder / model.path)}) if (folder / model.path).is_dir() else model for model in config.models
+        model.model_copy(update={"path": there(model.path), "chat_template": there(model.chat_template)}) for model in config.models
     )
     return config.model_copy(update={"models": models})

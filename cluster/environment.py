@@ -10,7 +10,6 @@ VARIABLES: dict[str, str] = {
     "POLYMUX_CLUSTER_TOKEN": "secret that front doors and workers of one cluster share; made at start when unset",
     "POLYMUX_BASE_URL": "address of the server for the client SDK and the command line",
     "POLYMUX_LOG_LEVEL": "DEBUG, INFO, WARNING or ERROR",
-    "POLYMUX_CACHE_DIR": "where learned costs and downloads are kept; default ~/.cache/polymux",
     "POLYMUX_HOST_IP": "address that this host's workers listen on, where the guess is wrong",
     "HF_HOME": "Hugging Face cache, for models named by hub id",
     "HF_TOKEN": "Hugging Face token, for gated models",
@@ -23,7 +22,6 @@ FIELDS: dict[str, str] = {
     "POLYMUX_API_KEY": "security.api_keys",
     "POLYMUX_CLUSTER_TOKEN": "security.cluster_token",
     "POLYMUX_LOG_LEVEL": "log_level",
-    "POLYMUX_CACHE_DIR": "paths.cache_dir",
     "POLYMUX_HOST_IP": "transport.listen_host",
 }
 

@@ -54,6 +54,7 @@ def worker_settings(
         num_threads=num_threads(pool, num_workers),
         policy=policies.prefill if is_prefill else policies.decode,
         policy_settings=(("max_group_size", policies.max_group_size),) if is_prefill else (("max_quota_s", policies.max_quota_s),),
+        probe_interval_s=config.engine.probe_interval_s,
         kv=KVSettings(backend=config.transport.backend, silence_s=config.transport.transfer_timeout_s),
     )
 

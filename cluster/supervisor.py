@@ -237,6 +237,8 @@ def _source(model: ModelConfig) -> ModelSource:
         max_model_len=model.max_model_len,
         ttft_slo_s=ttft_slo_s,
         tpot_slo_s=tpot_slo_s,
+        is_pinned=model.pin,
+        chat_template=model.chat_template,
     )
 
 

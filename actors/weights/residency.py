@@ -112,7 +112,8 @@ class Residency:
         plan = plan_eviction(self._view(wanted, lock_active=True), nbytes) or plan_eviction(self._view(wanted, lock_active=False), nbytes)
         if plan is None:
             raise OutOfMemory(
-                f"a weight image of {nbytes} bytes does not fit into the {self.arena.weight_reserve_bytes} kept for weights; raise `arena`"
+                f"a weight image of {nbytes} bytes does not fit beside pinned models into the {self.arena.weight_reserve_bytes} "
+                "kept for weights; raise the pool's arena_bytes"
             )
         for model in plan.victims:
             evicted.append(self.residents[model])
@@ -149,7 +150,7 @@ class Residency:
                     reload_s=resident.span.nbytes / self.bytes_per_s,
                     reuse_chance=self.popularity.get(model, Popularity()).chance(now_s),
                     has_work=model in wanted,
-                    is_locked=lock_active and model == self.active,
+                    is_locked=resident.spec.is_pinned or (lock_active and model == self.active),
                 )
                 for model, resident in self.residents.items()
             ),

@@ -97,7 +97,7 @@ def test_freeing_a_block_twice_is_an_error() -> None:
 
 def test_a_block_larger_than_a_slab_is_refused_with_the_remedy() -> None:
     huge = KVLayout(num_layers=40, num_kv_heads=8, head_dim=128, dtype="float32")
-    with pytest.raises(ConfigError, match="raise `arena`"):
+    with pytest.raises(ConfigError, match="raise arena_bytes"):
         BlockManager(make_arena()).pool(huge)
 
 
