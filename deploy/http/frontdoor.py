@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -40,6 +40,7 @@ T = TypeVar("T")
 RELEASE_ATTEMPTS = 3
 TOPOLOGY_TTL_S = 0.5  # how long a snapshot serves /ready and /metrics
 TOPOLOGY_TIMEOUT_S = 2.0
+UNKNOWN_MODEL_TTL_S = 0.2  # how long it is believed that there is no such model
 LAST_WORDS_S = 1.0  # for requests that a closing front door has ended to tell their clients
 
 
@@ -85,7 +86,8 @@ class FrontDoor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat: asyncio.Task[None] | None = None
         self._specs: tuple[ModelSpec, ...] = ()
-        self._specs_until_s = 0.0
+        self._specs_at_s: float | None = None  # when the list came
+        self._refreshing: asyncio.Task[tuple[ModelSpec, ...]] | None = None
         self._loaded: dict[ModelName, asyncio.Task[LoadedModel]] = {}
         self._topology: dict[str, Any] | None = None
         self._topology_until_s = 0.0
@@ -108,6 +110,8 @@ class FrontDoor:
             for request in list(self._open):
                 request.fail(Draining("the server is shutting down"))
             await self._is_empty(LAST_WORDS_S)
+        if self._refreshing is not None:
+            self._refreshing.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
@@ -136,22 +140,39 @@ class FrontDoor:
     # -- models -------------------------------------------------------------------------------------------------------
 
     async def models(self) -> tuple[ModelSpec, ...]:
-        """Every registered model, parked ones too; the last known ones while the controller cannot be reached."""
-        if time.monotonic() >= self._specs_until_s:
-            try:
-                self._specs = await self._call(self._control.models(), self.settings.control_timeout_s)
-            except Overloaded:
-                if not self._specs:
-                    raise
-            self._specs_until_s = time.monotonic() + self.settings.models_ttl_s
+        """Every registered model, parked ones too. A list past its time still serves while a new one is on its way, or cannot be had."""
+        if self._specs_at_s is None:
+            await self._refresh()
+        elif time.monotonic() - self._specs_at_s > self.settings.models_ttl_s and not self._is_refreshing:
+            self._spawn(self._refresh_quietly())
         return self._specs
 
     async def spec(self, name: str) -> ModelSpec:
-        """Raises ModelNotFound."""
-        for spec in await self.models():
-            if spec.model == name:
-                return spec
-        raise ModelNotFound(f"model {name[:100]!r} is not registered here; GET /v1/models lists those that are", param="model")
+        """Asks anew for a name that is not known. Raises ModelNotFound."""
+        found = [spec for spec in await self.models() if spec.model == name]
+        if not found and time.monotonic() - (self._specs_at_s or 0.0) > UNKNOWN_MODEL_TTL_S:
+            await self._refresh()
+            found = [spec for spec in self._specs if spec.model == name]
+        if not found:
+            raise ModelNotFound(f"model {name[:100]!r} is not registered here; GET /v1/models lists those that are", param="model")
+        return found[0]
+
+    @property
+    def _is_refreshing(self) -> bool:
+        return self._refreshing is not None and not self._refreshing.done()
+
+    async def _refresh(self) -> None:
+        """Get the list; those who ask at once share one call."""
+        if self._refreshing is None or not self._is_refreshing:
+            self._refreshing = asyncio.get_running_loop().create_task(self._call(self._control.models(), self.settings.control_timeout_s))
+        self._specs = await asyncio.shield(self._refreshing)
+        self._specs_at_s = time.monotonic()
+
+    async def _refresh_quietly(self) -> None:
+        try:
+            await self._refresh()
+        except PolymuxError as error:
+            log.warning("controller.no_models reason=%s", error)
 
     async def model(self, name: str) -> LoadedModel:
         """A registered model with its tokenizer, read at its first use. Raises ModelNotFound, CheckpointError."""
@@ -232,7 +253,11 @@ class FrontDoor:
 
     def release(self, release: Release) -> None:
         """For open requests: goes out in the background, a few times if need be; the controller's reaper has the last word."""
-        task = asyncio.get_running_loop().create_task(self._release(release))
+        self._spawn(self._release(release))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Something that nobody waits for, until the front door closes."""
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

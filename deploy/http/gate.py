@@ -45,7 +45,7 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_PATHS:
                 exchange.tenant = self._keys.check(headers.get("authorization"))
             await self._app(scope, receive, send_with_id)
         except Exception as error:

@@ -12,6 +12,8 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 from zero_stack import BOS, EOS, ZeroStack, byte_spec, write_checkpoint
 
@@ -237,7 +239,7 @@ async def test_a_model_name_may_have_slashes(checkpoint: Path, make_stack: MakeS
 async def test_a_model_that_is_registered_later_is_found(client: httpx.AsyncClient, stack: ZeroStack, checkpoint: Path) -> None:
     assert (await client.post("/v1/completions", json={**PROMPT, "model": "late"})).status_code == 404
     stack.control.specs += (byte_spec("late", checkpoint),)
-    await asyncio.sleep(stack.frontdoor.settings.models_ttl_s)
+    await asyncio.sleep(0.25)
     assert (await client.post("/v1/completions", json={**PROMPT, "model": "late"})).status_code == 200
 
 
@@ -412,6 +414,18 @@ async def test_a_key_opens_all_but_what_probes_need(make_stack: MakeStack, conne
     tenants = {ask.tenant for ask in stack.control.asks}
     assert len(tenants) == 2
     assert all(tenant.startswith("key-") for tenant in tenants)
+
+
+async def test_an_application_under_a_prefix_is_the_same(make_stack: MakeStack) -> None:
+    stack = make_stack(http_settings={"api_keys": (hash_key("the-only-key"),)})
+    mounted = Starlette(routes=[Mount("/llm", stack.app)])
+    await stack.frontdoor.start()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(mounted), base_url="http://front") as client:
+        assert (await client.get("/llm/health")).status_code == 200
+        assert (await client.get("/llm/v1/models")).status_code == 401
+        headers = {"Authorization": "Bearer the-only-key"}
+        assert (await client.post("/llm/v1/completions", json=PROMPT, headers=headers)).json()["choices"][0]["text"] == "hello"
+    await stack.frontdoor.aclose()
 
 
 # -- whatever comes ---------------------------------------------------------------------------------------------------

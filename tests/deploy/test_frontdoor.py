@@ -239,6 +239,23 @@ async def test_streams_go_on_while_the_controller_is_away(make_stack: MakeStack,
         await until(lambda: stack.control.heartbeats > before)
 
 
+async def test_a_known_model_does_not_wait_for_a_controller_that_hangs(
+    make_stack: MakeStack, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = make_stack(frontdoor_settings={"models_ttl_s": 0.01})
+
+    async def hang() -> Any:
+        await asyncio.sleep(60)
+
+    async with connect(stack) as client:
+        await client.get("/v1/models")
+        monkeypatch.setattr(stack.control, "models", hang)
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(2.0):
+            assert (await client.post("/v1/completions", json=PROMPT)).json()["choices"][0]["text"] == TEXT
+            assert (await client.get("/v1/models")).status_code == 200
+
+
 async def test_a_controller_that_hangs_is_not_waited_for(make_stack: MakeStack, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = make_stack(frontdoor_settings={"control_timeout_s": 0.1})
 
