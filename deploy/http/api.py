@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -123,10 +124,19 @@ class Api:
         return JSONResponse(document())
 
     async def topology(self, _: Request) -> Response:
-        return JSONResponse(await self._frontdoor.topology() or {})
+        return JSONResponse(_finite(await self._frontdoor.topology() or {}))
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.receive, Headers(scope=request.scope), self._settings)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data as JSON can say it: null for an infinity, such as the age of what never happened."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _described(spec: ModelSpec) -> dict[str, Any]:

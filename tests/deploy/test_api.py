@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,9 +269,14 @@ async def test_tokenizer_endpoints_refuse_by_name(client: httpx.AsyncClient, pat
     assert error_in(response)["param"] == param
 
 
-async def test_version_openapi_and_topology(client: httpx.AsyncClient) -> None:
+async def test_version_openapi_and_topology(client: httpx.AsyncClient, stack: ZeroStack, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (await client.get("/version")).json() == {"version": polymux.__version__}
-    assert (await client.get("/v1/polymux/topology")).json()["is_ready"] is True
+
+    async def topology() -> dict[str, Any]:
+        return {"is_ready": True, "workers": ({"busy_s": math.inf, "counters": {"x": 1.0}},)}
+
+    monkeypatch.setattr(stack.control, "topology", topology)
+    assert (await client.get("/v1/polymux/topology")).json() == {"is_ready": True, "workers": [{"busy_s": None, "counters": {"x": 1.0}}]}
     document = (await client.get("/openapi.json")).json()
     schemas = document["components"]["schemas"]
     for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):

@@ -173,6 +173,7 @@ async def test_a_client_that_leaves_is_cancelled_at_the_worker_at_once(make_stac
     assert sorted(stack.workers[0].cancelled) == sorted(command.sequence_id for command in stack.workers[0].commands)
     assert stack.control.releases[0].outcome == "cancelled"
     assert stack.frontdoor.num_open_requests == 0
+    assert b'polymux:http_responses_total{path="/v1/completions",status="499"} 1.0' in stack.frontdoor.metrics.render(None)
 
 
 async def _read_a_little(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
