@@ -6,19 +6,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-QUESTIONS = (
-    "What does os.path.join do?",
+QUESTIONS = (  # that even the small models know
     "Explain str.split",
-    "Describe the for statement.",
-    "What does len do?",
     "What is the json module?",
     "How do I use itertools.chain?",
-    "Tell me about the if statement.",
-    "What does list.append do?",
-    "Describe math.sqrt.",
+    "Explain sorted",
+    "What does str.join do?",
+    "Describe the while statement.",
+    "What is collections.deque?",
+    "Explain lambdas.",
+    "Explain re.match",
     "Who are you?",
-    "Explain random.choice.",
-    "What does dict.get do?",
+    "What does max do?",
+    "Describe copy.deepcopy.",
 )
 BEGINNINGS = (
     "os.path.join(a, *p)\n\n",

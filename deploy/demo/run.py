@@ -130,19 +130,19 @@ async def _watch(client: AsyncClient, records: Sequence[Record], console: Consol
 
 
 async def _look(client: AsyncClient, records: Sequence[Record]) -> dict[str, Any] | None:
-    """The cluster now; open requests are given the decode workers that have their model's sequences."""
+    """The cluster now. Every request sent is given the decode workers that run its model, or that had it at hand when it ended."""
     try:
         topology = await client.topology()
     except PolymuxError:
         return None
-    busy: dict[str, list[str]] = {}
-    for worker in topology["workers"]:
-        for load in worker["loads"] if worker["role"] == "decode" else ():
-            if load["num_running"] + load["num_waiting"]:
-                busy.setdefault(load["model"], []).append(worker["worker_id"])
+    loads = [(load, worker["worker_id"]) for worker in topology["workers"] if worker["role"] == "decode" for load in worker["loads"]]
     for record in records:
-        if record.state in ("waiting", "decoding"):
-            record.worker = " or ".join(busy.get(record.ask.model, ())) or record.worker
+        if record.state == "planned" or (record.state in ("done", "failed") and record.worker):
+            continue
+        mine = [(load, worker_id) for load, worker_id in loads if load["model"] == record.ask.model]
+        busy = [worker_id for load, worker_id in mine if load["num_running"] + load["num_waiting"]]
+        resident = [worker_id for load, worker_id in mine if load["is_resident"]]
+        record.worker = " or ".join(busy or resident) or record.worker
     return topology
 
 
@@ -162,12 +162,17 @@ async def _settled(client: AsyncClient, records: Sequence[Record]) -> dict[str, 
 
 
 def _answers(records: Sequence[Record]) -> dict[str, Record]:
-    """One answer of each model: the longest chat that came to its own end, else what there is."""
+    """One answer of each model: a chat that came to its own end and that no model before was asked, long rather than short."""
     found: dict[str, Record] = {}
-    for record in sorted(records, key=lambda r: (r.ask.is_chat, r.finish_reason == "stop", len(r.text))):
-        if record.state == "done":
-            found[record.ask.model] = record
-    return dict(sorted(found.items()))
+    for model in sorted({record.ask.model for record in records}):
+        asked = {record.ask.text for record in found.values()}
+        done = [record for record in records if record.ask.model == model and record.state == "done"]
+        if done:
+            found[model] = max(
+                done,
+                key=lambda r: (r.ask.is_chat, r.finish_reason == "stop", r.ask.text not in asked, len(r.text)),
+            )
+    return found
 
 
 def _differences(comparison: Comparison | None) -> list[str]:

@@ -25,7 +25,7 @@ class Record:
     text: str = ""
     finish_reason: str = ""
     error: str = ""
-    worker: str = ""  # the decode workers that ran its model when last looked at
+    worker: str = ""  # the decode workers that ran its model when last looked at, or had it resident
 
     @property
     def ttft_s(self) -> float | None:
