@@ -93,10 +93,8 @@ class Faults:
 
 
 def _stop_here(action: Action | None) -> None:
-    if action is Action.KILL:
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif action is Action.FREEZE:
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if action in (Action.KILL, Action.FREEZE):
+        os.kill(os.getpid(), signal.SIGKILL if action is Action.KILL else signal.SIGSTOP)
         time.sleep(0.02)  # another thread may be the first to stop
 
 

@@ -92,6 +92,7 @@ class PullReceiver:
             self._is_closed = True
             self._queue.clear()
             self._copy = None
+            self._grids.close()
             self._release()
 
     def _run(self) -> None:

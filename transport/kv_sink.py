@@ -121,6 +121,7 @@ class KVSink:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._context.grids.close()
 
     def _emit(self, event: KVEvent) -> None:
         try:

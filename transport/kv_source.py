@@ -170,6 +170,8 @@ class KVSource:
             self._listener = None
         for edge in list(self._edges.values()):
             edge.shut(PeerLost("the prefill worker stops"))
+        self._context.grids.close()
+        self._context.region = memoryview(b"")
 
     def _accept(self) -> None:
         assert self._listener is not None

@@ -118,3 +118,8 @@ class Grids:
         if grid is None:
             grid = self._grids[layout] = BlockGrid(self._buffer, layout)
         return grid
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._grids.clear()
+        self._buffer = memoryview(b"")

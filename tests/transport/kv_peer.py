@@ -1,7 +1,7 @@
 """The two ends of KV migration with engines that compute nothing: they fill blocks with a pattern, and check it on the other side.
 
-Used inside a test process, and run as a script for a peer that is to be killed or frozen: the configuration comes as JSON in the first
-argument, orders come as JSON lines on standard input, answers go as JSON lines to standard output.
+Used inside a test process, and run as a script for a peer that is to be killed or frozen: its configuration, and then its orders, come as
+JSON lines on standard input, and its answers go as JSON lines to standard output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAYOUTS = {
     "large": KVLayout(num_layers=8, num_kv_heads=2, head_dim=16, dtype="float32", block_size=16),  # 32 KiB a block
 }
 REGION_BYTES = NUM_BLOCKS * LAYOUTS["small"].block_bytes
-QUICK = {"silence_s": 0.6, "acknowledge_s": 0.4, "checksum_every": 1}
+SETTINGS = {"silence_s": 5.0, "acknowledge_s": 3.0, "checksum_every": 1}
 
 
 def pattern(sequence_id: str, num_blocks: int, layout: KVLayout) -> Any:
@@ -125,7 +125,7 @@ class Prefiller:
             on_order=self._on_order,
             on_cancel=self._on_cancel,
             on_released=self._on_released,
-            settings=KVSettings(**{**QUICK, **config.get("settings", {})}),
+            settings=KVSettings(**{**SETTINGS, **config.get("settings", {})}),
             faults=faults_of(config),
         )
         self.server.serve(self.epoch)
@@ -249,7 +249,7 @@ class Decoder:
             identity=self.identity,
             token=config.get("token", TOKEN),
             on_event=self._on_event,
-            settings=KVSettings(**{**QUICK, **config.get("settings", {})}),
+            settings=KVSettings(**{**SETTINGS, **config.get("settings", {})}),
             faults=faults_of(config),
         )
 
@@ -330,7 +330,10 @@ class Decoder:
 
 def main() -> None:
     """Serve one role until standard input ends."""
-    config = json.loads(sys.argv[1])
+    first = sys.stdin.readline()
+    if not first:
+        return
+    config = json.loads(first)
     if config.pop("role") == "prefill":
         prefiller = Prefiller(**config)
         say({"address": prefiller.peer.address, "epoch": prefiller.epoch, "host_id": prefiller.host_id})

@@ -22,7 +22,7 @@ BACKENDS = ["local", "shm", "tcp"]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return {"settings": {"backend": request.param}}
+    return {"settings": {"backend": request.param, "silence_s": 0.6, "acknowledge_s": 0.4}}
 
 
 # Four blocks of four layers in chunks of two: the moves of the first transfer are numbers 0 to 7.
@@ -84,8 +84,6 @@ def test_a_late_message_is_only_late(pair: Any, backend: dict[str, Any], step: s
 @pytest.mark.parametrize("step", ["source.send.move", "source.send.commit", "sink.send.ended"])
 def test_a_message_that_comes_twice_is_dropped_the_second_time(pair: Any, backend: dict[str, Any], step: str) -> None:
     config = backend | {"faults": [{"step": step, "action": "duplicate", "probability": 0.5}], "seed": 3}
-    if step == "source.send.move":
-        config["settings"] = config["settings"] | {"silence_s": 2.0}
     with pair(config, config) as (prefiller, decoder):
         edge = decoder.sink.connect(prefiller.peer, 5)
         for _ in range(4):

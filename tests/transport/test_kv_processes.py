@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +24,41 @@ SCRIPT = Path(__file__).with_name("kv_peer.py")
 NAMESPACE = Path(__file__).parents[2] / ".namespace"
 
 
+def spawn() -> subprocess.Popen[bytes]:
+    """A peer that waits for its configuration."""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(NAMESPACE), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+
+
+@pytest.fixture(scope="module")
+def spares() -> Iterator[deque[subprocess.Popen[bytes]]]:
+    """Peers that start while the tests before them wait."""
+    waiting = deque(spawn() for _ in range(2))
+    yield waiting
+    for process in waiting:
+        bury(process)
+
+
+def bury(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait(10)
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        pipe.close()
+
+
 class Child:
     """A peer in a process of its own."""
 
-    def __init__(self, **config: Any) -> None:
-        env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(NAMESPACE), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
-        )
+    def __init__(self, process: subprocess.Popen[bytes], config: dict[str, Any]) -> None:
+        self.process = process
+        self.say(config)
         self.hello = self.hear()
+
+    def say(self, line: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(line).encode() + b"\n")
+        self.process.stdin.flush()
 
     def hear(self, within_s: float = 20.0) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -41,9 +68,7 @@ class Child:
         return answer
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(question).encode() + b"\n")
-        self.process.stdin.flush()
+        self.say(question)
         return self.hear()
 
     def until(self, key: str, value: Any, within_s: float = 8.0) -> dict[str, Any]:
@@ -59,21 +84,21 @@ class Child:
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
 
+@pytest.fixture
+def child(spares: deque[subprocess.Popen[bytes]]) -> Any:
+    """`with child(role=..., ...) as peer`."""
 
-@contextmanager
-def child(**config: Any) -> Iterator[Child]:
-    peer = Child(**config)
-    try:
-        yield peer
-    finally:
-        peer.end()
+    @contextmanager
+    def start(**config: Any) -> Iterator[Child]:
+        process = spares.popleft()
+        spares.append(spawn())
+        try:
+            yield Child(process, config)
+        finally:
+            bury(process)
+
+    return start
 
 
 def address_of(peer: Child) -> Peer:
@@ -88,17 +113,18 @@ def until(claim: Any, within_s: float = 8.0) -> bool:
     return bool(claim())
 
 
+QUICK = {"silence_s": 0.7, "acknowledge_s": 0.5}  # to notice a frozen peer
 SOURCE_STEPS = [
     ("source.receive.prefill", 0),
     ("source.send.move", 0),
-    ("source.send.move", 9),
+    ("source.send.move", 1),
     ("source.send.commit", 0),
     ("source.receive.ended", 0),
 ]
 SINK_STEPS = [
     ("sink.send.prefill", 1),
     ("sink.receive.move", 0),
-    ("sink.receive.move", 9),
+    ("sink.receive.move", 1),
     ("sink.receive.commit", 0),
     ("sink.send.ended", 0),
 ]
@@ -108,9 +134,9 @@ SINK_STEPS = [
 @pytest.mark.parametrize(("step", "nth"), SOURCE_STEPS)
 @pytest.mark.parametrize("action", ["kill", "freeze"])
 def test_a_prefill_worker_that_dies_or_freezes_costs_its_transfers_only(
-    kv_peer: Any, backend: str, step: str, nth: int, action: str
+    kv_peer: Any, child: Any, backend: str, step: str, nth: int, action: str
 ) -> None:
-    settings = {"backend": backend}
+    settings = QUICK | {"backend": backend}
     decoder = kv_peer.Decoder(settings=settings)
     try:
         fault = {"step": step, "action": action, "nth": nth}
@@ -131,6 +157,17 @@ def test_a_prefill_worker_that_dies_or_freezes_costs_its_transfers_only(
                 assert victim.until("whole", True)["whole"]
             else:
                 assert victim.process.wait(5) == -signal.SIGKILL
+    finally:
+        decoder.close()
+
+
+@pytest.mark.parametrize("backend", ["shm", "tcp"])
+def test_a_restarted_prefill_worker_is_used_at_once(kv_peer: Any, child: Any, backend: str) -> None:
+    settings = QUICK | {"backend": backend}
+    decoder = kv_peer.Decoder(settings=settings)
+    try:
+        with child(role="prefill", settings=settings, faults=[{"step": "source.send.move", "action": "kill", "nth": 1}]) as victim:
+            assert decoder.until_over(decoder.order(decoder.sink.connect(address_of(victim), 5), 6)) == ["PeerLost"]
         with child(role="prefill", settings=settings, epoch=4) as reborn:
             assert decoder.until_over(decoder.order(decoder.sink.connect(address_of(reborn), 5), 6)) == ["committed"]
             assert reborn.until("whole", True)["whole"]
@@ -143,18 +180,16 @@ def test_a_prefill_worker_that_dies_or_freezes_costs_its_transfers_only(
 @pytest.mark.parametrize(("step", "nth"), SINK_STEPS)
 @pytest.mark.parametrize("action", ["kill", "freeze"])
 def test_a_decode_worker_that_dies_or_freezes_gives_the_prefill_worker_its_blocks_back(
-    kv_peer: Any, backend: str, step: str, nth: int, action: str
+    kv_peer: Any, child: Any, backend: str, step: str, nth: int, action: str
 ) -> None:
-    settings = {"backend": backend, "checksum_every": 0}  # so that nothing but the fence protects
+    settings = QUICK | {"backend": backend, "checksum_every": 0}  # so that nothing but the fence protects
     prefiller = kv_peer.Prefiller(settings=settings)
     peer = {name: getattr(prefiller.peer, name) for name in ("worker_id", "epoch", "address", "host_id")}
     try:
         fault = {"step": step, "action": action, "nth": nth}
         with child(role="decode", settings=settings, faults=[fault], peer=peer) as victim:
             assert victim.hello["backend"] == f"fault+{backend}"
-            assert victim.process.stdin is not None
-            victim.process.stdin.write(json.dumps({"order": [6, 6], "deadline_s": 20}).encode() + b"\n")
-            victim.process.stdin.flush()
+            victim.say({"order": [6, 6], "deadline_s": 20})
             assert until(victim.is_frozen if action == "freeze" else lambda: victim.process.poll() is not None)
             assert until(prefiller.is_whole, 5), prefiller.report()  # and its blocks are scribbled over
             if action == "freeze":
@@ -176,8 +211,8 @@ def test_a_decode_worker_that_dies_or_freezes_gives_the_prefill_worker_its_block
 
 
 @pytest.mark.parametrize("backend", ["shm", "tcp"])
-def test_a_worker_killed_at_a_random_moment_under_load_leaves_the_other_whole(kv_peer: Any, backend: str) -> None:
-    settings = {"backend": backend}
+def test_a_worker_killed_at_a_random_moment_under_load_leaves_the_other_whole(kv_peer: Any, child: Any, backend: str) -> None:
+    settings = QUICK | {"backend": backend}
     decoder = kv_peer.Decoder(settings=settings)
     try:
         for epoch, wait_s in enumerate((0.002, 0.01, 0.03, 0.06), 3):

@@ -56,7 +56,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 @pytest.mark.parametrize("cls", MESSAGES, ids=lambda cls: cls.__name__)
 def test_every_message_comes_back_equal_and_of_equal_types(cls: type) -> None:
-    @settings(max_examples=25, deadline=None, database=None)
+    @settings(max_examples=12, deadline=None, database=None)
     @given(values(cls))
     def round_trip(message: Any) -> None:
         back = decode(encode(message))
@@ -73,14 +73,14 @@ def test_every_message_that_crosses_a_process_has_a_tag() -> None:
     assert {cls.__name__ for cls in crossing} == {cls.__name__ for cls in wire._TAG_OF}
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=120, deadline=None, database=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_raise_only_wire_errors(data: bytes) -> None:
     with suppress(WireError):
         decode(data)
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=120, deadline=None, database=None)
 @given(st.data())
 def test_damaged_messages_decode_or_raise_wire_errors(data: st.DataObject) -> None:
     message = data.draw(values(data.draw(st.sampled_from(MESSAGES))))
@@ -108,7 +108,7 @@ JSONISH = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=120, deadline=None, database=None)
 @given(st.sampled_from(sorted(wire._TAGS)), st.lists(JSONISH, max_size=14))
 def test_well_formed_msgpack_of_wrong_types_raises_only_wire_errors(tag: int, fields: list[Any]) -> None:
     try:
