@@ -23,7 +23,8 @@ from polymux.transport.errors import (
     TransferTimeout,
 )
 from polymux.transport.kv import KVCommitted, KVSink
-from polymux.transport.units import Epoch, pack_ids
+from polymux.transport.kv_tcp import TcpSender
+from polymux.transport.units import Epoch, TransferId, pack_ids
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 BACKENDS = ["local", "shm", "tcp", "fault+shm", "fault+tcp"]
@@ -294,6 +295,32 @@ def test_a_cancel_in_the_middle_of_the_bytes_gives_everything_back(joined: Any) 
             time.sleep(wait_s)
             edge.cancel(doomed.transfer_id, "changed my mind")
             assert decoder.until_over(doomed, other)[1] == "committed"
+
+
+def test_source_blocks_are_released_only_after_the_sender_has_forgotten_them(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    forget = TcpSender.forget
+
+    def noted_forget(sender: TcpSender, transfer_id: TransferId) -> None:
+        happened.append("forgotten")
+        forget(sender, transfer_id)
+
+    monkeypatch.setattr(TcpSender, "forget", noted_forget)
+    tcp = {"settings": {"backend": "tcp"}}
+    with pair(tcp, tcp) as (prefiller, decoder):
+        released = prefiller.source._context.on_released
+
+        def noted_release(ref: Any) -> None:
+            happened.append("released")
+            released(ref)
+
+        prefiller.source._context.on_released = noted_release
+        edge = decoder.sink.connect(prefiller.peer, 5)
+        decoder.until_over(decoder.order(edge, 4))
+        prefiller.on_job = lambda job: prefiller.source.accept(job.ref, job.layout)
+        edge.cancel(decoder.order(edge, 4).transfer_id, "not this one")
+        assert decoder.until(lambda: len(happened) == 4)
+    assert happened == ["forgotten", "released"] * 2
 
 
 def test_a_transfer_that_nobody_fills_times_out_and_is_released_on_both_sides(joined: Any) -> None:

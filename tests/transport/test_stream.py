@@ -16,14 +16,14 @@ import pytest
 
 from polymux.transport import link as link_module
 from polymux.transport.errors import AuthenticationFailed, Overloaded, PeerLost, ProtocolMismatch, StaleEpoch, TransferTimeout, WireError
-from polymux.transport.frames import frame
+from polymux.transport.frames import Steps, drive_blocking, frame, read_frame
 from polymux.transport.link import WorkerLink
 from polymux.transport.messages import Cancel, Generate, Peer, SamplingParams, SequenceUpdate, TokenFrame
-from polymux.transport.protocol import PREAMBLE
+from polymux.transport.protocol import PREAMBLE, Answer, Challenge, Welcome
 from polymux.transport.sockets import parse_address
 from polymux.transport.stream import StreamLimits, WorkerServer
 from polymux.transport.units import ClientId, Epoch, ModelName, SequenceId, WorkerId, pack_ids
-from polymux.transport.wire import encode
+from polymux.transport.wire import decode_as, encode
 
 TOKEN = "0123456789abcdef0123"
 WORKER = WorkerId("decode-0")
@@ -201,31 +201,29 @@ async def test_the_token_does_not_travel() -> None:
     assert len(heard) > 40 and TOKEN.encode() not in heard
 
 
-async def test_an_impostor_that_does_not_know_the_token_is_noticed() -> None:
-    from polymux.transport.frames import drive_blocking
-    from polymux.transport.handshake import accept
+def impostor(listener: socket.socket, answers: str) -> None:
+    """Speaks the protocol well, and does not know the token."""
 
-    def impostor(sock: socket.socket) -> None:
-        connection, _ = sock.accept()
-        with connection:
-            drive_blocking(reflecting(), connection, 5)
+    def steps() -> Steps[None]:
+        yield len(PREAMBLE)
+        yield PREAMBLE
+        yield from read_frame()
+        yield frame(encode(Challenge(nonce=bytes(32))))
+        answer = decode_as(Answer, (yield from read_frame()))
+        yield frame(encode(Welcome(proof=answer.proof if answers == "with our own proof" else bytes(32), body=b"")))
 
-    def reflecting() -> Any:
-        """Accepts with a token of its own: it cannot check the dialler's proof, so it skips that step and sends its own."""
-        steps = accept("an entirely different token", lambda _: b"")
-        wanted = next(steps)
-        while True:
-            got = yield wanted
-            try:
-                wanted = steps.send(got)
-            except AuthenticationFailed:
-                return None
+    connection, _ = listener.accept()
+    with connection:
+        drive_blocking(steps(), connection, 5)
 
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        thread = threading.Thread(target=impostor, args=(sock,))
+
+@pytest.mark.parametrize("answers", ["with any proof", "with our own proof"])
+async def test_an_impostor_that_does_not_know_the_token_is_noticed(answers: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=impostor, args=(listener, answers))
         thread.start()
-        peer = Peer(worker_id=WORKER, epoch=EPOCH, address=f"tcp://127.0.0.1:{sock.getsockname()[1]}", host_id="h")
-        with pytest.raises(AuthenticationFailed):
+        peer = Peer(worker_id=WORKER, epoch=EPOCH, address=f"tcp://127.0.0.1:{listener.getsockname()[1]}", host_id="h")
+        with pytest.raises(AuthenticationFailed, match="acceptor does not know"):
             await WorkerLink.connect(peer, CLIENT, TOKEN, 2)
         thread.join()
 
