@@ -17,7 +17,7 @@ import numpy as np
 from polymux.transport.errors import PolymuxError
 from polymux.transport.kv_backend import Landing
 from polymux.transport.protocol import Commit, Move
-from polymux.transport.region import BlockGrid, Grids
+from polymux.transport.region import BlockGrid, Grids, drop_pages
 from polymux.transport.transfer import SinkTransfer
 from polymux.transport.units import MIB, TransferId, unpack_ids
 
@@ -54,7 +54,10 @@ def copy_blocks(source: BlockGrid, target: BlockGrid, src_ids: Sequence[int], ds
 
 
 class PullReceiver:
-    """The decode side. `is_fenced` and `release` are the backend's: how the source's fence is seen, and how its memory is let go."""
+    """The decode side. `is_fenced` and `release` are the backend's: how the source's fence is seen, and how its memory is let go.
+
+    `max_mapped_bytes` bounds how much of a mapped peer's memory counts as this process's own.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class PullReceiver:
         source: memoryview,
         is_fenced: Callable[[], bool],
         release: Callable[[], None],
+        max_mapped_bytes: int | None = None,
     ) -> None:
         self.name = name
         self.is_fenced = is_fenced
@@ -73,6 +77,9 @@ class PullReceiver:
         self._release = release
         self._queue: deque[Move | Commit] = deque()
         self._copy: tuple[SinkTransfer, Move, Iterator[None]] | None = None
+        self._source = source
+        self._max_mapped_bytes = max_mapped_bytes
+        self._num_mapped_bytes = 0  # at most, since pages were last dropped
         self._is_running = False
         self._is_closed = False
 
@@ -93,6 +100,7 @@ class PullReceiver:
             self._queue.clear()
             self._copy = None
             self._grids.close()
+            self._source = memoryview(b"")
             self._release()
 
     def _run(self) -> None:
@@ -130,6 +138,10 @@ class PullReceiver:
             return True
         self._copy = None
         self._landing.landed(transfer, move)
+        self._num_mapped_bytes += move.num_bytes
+        if self._max_mapped_bytes is not None and self._num_mapped_bytes > self._max_mapped_bytes:
+            self._num_mapped_bytes = 0
+            drop_pages(self._source)
         return False
 
 

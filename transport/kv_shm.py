@@ -19,6 +19,9 @@ from polymux.transport.kv_pull import PullReceiver
 from polymux.transport.protocol import EdgeTerms
 from polymux.transport.reactor import Reactor
 from polymux.transport.region import map_read_only
+from polymux.transport.units import MIB
+
+_MAX_MAPPED_BYTES = 128 * MIB
 
 
 async def open_shm(
@@ -43,7 +46,7 @@ async def open_shm(
     except BaseException:
         sock.close()
         raise
-    return PullReceiver("shm", reactor.loop, landing, source, lambda: _is_closed(sock), sock.close)
+    return PullReceiver("shm", reactor.loop, landing, source, lambda: _is_closed(sock), sock.close, _MAX_MAPPED_BYTES)
 
 
 async def _receive_fd(sock: socket.socket, deadline_s: float) -> int:

@@ -77,6 +77,12 @@ def map_read_only(fd: int, nbytes: int) -> memoryview:
     return memoryview(mmap.mmap(fd, nbytes, prot=mmap.PROT_READ))
 
 
+def drop_pages(view: memoryview) -> None:
+    """Take a mapped peer's pages out of our page table, and so out of our resident size; reading maps them again."""
+    if isinstance(view.obj, mmap.mmap):
+        view.obj.madvise(mmap.MADV_DONTNEED)
+
+
 def this_host() -> str:
     """Equal for two processes under one kernel, which may therefore share memory."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

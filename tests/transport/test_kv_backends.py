@@ -121,6 +121,18 @@ async def test_a_pull_that_is_abandoned_half_way_writes_nothing_more(monkeypatch
     assert landing.done == ["commit 2"]  # the move never landed, and the queue went on
 
 
+async def test_a_mapped_peer_counts_as_ours_only_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[memoryview] = []
+    monkeypatch.setattr(kv_pull, "drop_pages", dropped.append)
+    landing, source = Landing(), grid(7)
+    bound = 3 * LAYOUT.block_bytes
+    receiver = PullReceiver("shm", asyncio.get_running_loop(), landing, source.buffer, lambda: False, lambda: None, bound)
+    for _ in range(8):
+        receiver.take(move(1, 2))
+    await until(lambda: len(landing.done) == 8)
+    assert len(dropped) == 4
+
+
 async def test_bytes_of_an_abandoned_move_are_read_and_dropped(wire: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = wire
     loop, landing = asyncio.get_running_loop(), Landing()

@@ -11,7 +11,8 @@ import pytest
 
 from polymux.transport.errors import ConfigError, GrantViolation
 from polymux.transport.messages import KVLayout
-from polymux.transport.region import BlockGrid, Grids, Region, map_read_only, this_host
+from polymux.transport.region import BlockGrid, Grids, Region, drop_pages, map_read_only, this_host
+from polymux.transport.units import MIB
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="bfloat16", block_size=2)
 
@@ -55,6 +56,26 @@ def test_plain_memory_has_no_descriptor_to_hand_over() -> None:
     assert region.fd is None and region.nbytes == 64
     with pytest.raises(ConfigError, match="plain memory"):
         region.read_only_fd()
+
+
+def shared_kib() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssShmem"))
+    return int(line.split()[1])
+
+
+def test_dropped_pages_leave_the_resident_size_and_come_back_when_read() -> None:
+    region = Region.create(32 * MIB)
+    fd = region.read_only_fd()
+    view = map_read_only(fd, region.nbytes)
+    os.close(fd)
+    region.buffer[:] = b"\7" * region.nbytes
+    before = shared_kib()
+    assert np.frombuffer(view, dtype="u1").sum() == 7 * region.nbytes
+    assert shared_kib() > before + 30_000
+    drop_pages(view)
+    assert shared_kib() < before + 2_000
+    assert view[-1] == 7
+    region.close()
 
 
 @pytest.mark.parametrize("nbytes", [0, -1])
