@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,13 +20,14 @@ from typing import Any
 
 import ray
 
+from polymux.actors.weights.checkpoint import Checkpoint
 from polymux.cluster.bootstrap import find_controller, require_ray, start_local_ray
 from polymux.cluster.config import ClusterConfig
 from polymux.cluster.remote import RayControlPlane
 from polymux.deploy.app import start_serving, stop_serving
 from polymux.deploy.doctor import MAX_SOCKET_PATH, RAY_SOCKET
 from polymux.deploy.listener import bind
-from polymux.transport.errors import CheckpointError, ConfigError, WorkerLost
+from polymux.transport.errors import CheckpointError, ConfigError, PolymuxError, WorkerLost
 
 log = logging.getLogger("polymux.serve")
 
@@ -95,7 +97,9 @@ def serve(config: ClusterConfig, *, address: str | None) -> None:
 @contextmanager
 def serving(config: ClusterConfig, *, address: str | None = None, on_joined: Callable[[], None] = lambda: None) -> Iterator[str]:
     """The base URL of a cluster that is up for as long as the block lasts. Without an address it runs on a Ray of its own."""
-    if address is None:
+    if address is None:  # what can be found wrong in a second is not to cost the start of a Ray
+        for model in config.models:
+            Checkpoint.open(model.path)
         config = with_free_port(config)
     with _own_ray(config) if address is None else _joined(address):
         is_own = address is None
@@ -116,8 +120,20 @@ def with_free_port(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"serve": config.serve.model_copy(update={"port": port})})
 
 
+def require_listener(address: str, deadline_s: float = 5.0) -> None:
+    """Raise PolymuxError when nobody listens at "HOST:PORT": Ray would try for minutes. Other forms of address are Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), deadline_s).close()
+    except (OSError, OverflowError) as error:
+        raise PolymuxError(f"no Ray cluster answers at {address}: {error}; start one (ray start --head), or leave --address out") from None
+
+
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
+    require_listener(address)
     require_ray(address)
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -38,10 +39,13 @@ class Outcome:
 
 @pytest.fixture
 def polymux_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a command in this process, without the environment's settings."""
+    """Run a command in this process, without the environment's settings; what it sets up of its process is undone."""
     for name in [name for name in os.environ if name.startswith(("POLYMUX_", "RAY_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
 
     def run(*arguments: str, stdin: str = "") -> Outcome:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -111,6 +115,8 @@ def test_the_servers_address_and_key_may_come_from_the_environment(
         (("serve", "--config", "/nowhere.yaml"), 2, "/nowhere.yaml"),
         (("serve", "--model", "a=b", "--set", "engine.max_seqs=3"), 2, "engine.max_num_seqs"),
         (("serve", "--model", "a=b", "--dtype", "int3"), 2, "models[0].dtype"),
+        (("serve", "--model", "a=/nowhere", "--log-level", "ERROR"), 2, "/nowhere"),
+        (("serve", "--model", "a=b", "--address", "127.0.0.1:9", "--log-level", "ERROR"), 1, "ray start --head"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
