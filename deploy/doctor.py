@@ -59,7 +59,7 @@ class Package:
 
 PACKAGES = (
     Package(name="httpx", low="0.27", high="1"),
-    Package(name="pydantic", low="2.7", high="3"),
+    Package(name="pydantic", low="2.8", high="3"),
     Package(name="rich", low="13.7"),
     Package(name="typer", low="0.12"),
     Package(name="ray", low="2.60", high="2.62", extra="serve"),
