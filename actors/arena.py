@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polymux.actors.weights.huge_pages import use_huge_pages
 from polymux.transport.errors import ConfigError, OutOfMemory
 from polymux.transport.region import Region
 from polymux.transport.units import KIB, MIB
@@ -56,6 +57,8 @@ class Arena:
             raise ConfigError(f"weight reserve of {weight_reserve_bytes} bytes leaves no KV in an arena of {region.nbytes}; lower it")
         self.weight_reserve_bytes = weight_reserve_bytes
         self.memory: Tensor = torch.frombuffer(region.buffer, dtype=torch.uint8)
+        if region.fd is not None:
+            use_huge_pages(self.memory[:weight_reserve_bytes])  # no KV goes there, so no other process reads it
         self._weights: list[Span] = []  # sorted by offset
         self._slabs: set[int] = set()  # taken
         self._lowest_kv_slab = -(-weight_reserve_bytes // self.slab_bytes)
