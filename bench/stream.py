@@ -47,7 +47,7 @@ from polymux.deploy.http.settings import FrontDoorSettings, HttpSettings
 from polymux.transport.messages import Peer
 from polymux.transport.units import ClientId
 
-LENGTHS = {1: 4000, 32: 500, 256: 120}  # tokens of a stream, by number of streams
+LENGTHS = {1: 4000, 32: 1000, 256: 250}  # tokens of a stream, by number of streams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,7 @@ class Gate:
         path = getattr(route, "path", "") or "unknown"
         self._metrics.responded(path, status)
         log.info(
-            "http.served method=%s path=%s status=%d seconds=%.4f request=%s id=%s tenant=%s user=%s",
-            *(scope["method"], scope["path"], status, seconds, exchange.request_id, exchange.public_id, exchange.tenant or "-"),
-            exchange.user or "-",
+            "http.served method=%s path=%r status=%d seconds=%.4f request=%s id=%s tenant=%s user=%r",
+            *(scope["method"], scope["path"][:200], status, seconds, exchange.request_id, exchange.public_id, exchange.tenant or "-"),
+            exchange.user or "",
         )

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
-from pydantic_core import ErrorDetails, from_json
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from polymux.transport.errors import InvalidRequest
 
@@ -22,6 +32,8 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_PROMPTS = 256
+MAX_MESSAGES = 4096
+MAX_DETOKENIZED = 1 << 18
 INT64 = 1 << 63
 
 # Fields of the OpenAI specification (and of vLLM's extensions) that are refused, with the values that ask for nothing.
@@ -72,8 +84,15 @@ def without_neutral(data: Mapping[str, Any], neutral: Neutral, where: str = "") 
     return kept
 
 
+def _at_most(limit: int, value: Any) -> Any:
+    """Refuse a long list or object before anybody looks at each of its items."""
+    if isinstance(value, list | dict) and len(value) > limit:
+        raise ValueError(f"has {len(value)} items; at most {limit} are allowed")
+    return value
+
+
 def _stops(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str) else _at_most(MAX_STOPS, value)
 
 
 def _stream_options(value: Any) -> Any:
@@ -83,6 +102,7 @@ def _stream_options(value: Any) -> Any:
 def _messages(value: Any) -> Any:
     if not isinstance(value, list):
         return value
+    _at_most(MAX_MESSAGES, value)
     return [without_neutral(one, NEUTRAL_MESSAGE, f"messages[{i}].") if isinstance(one, dict) else one for i, one in enumerate(value)]
 
 
@@ -94,25 +114,40 @@ def _content(value: Any) -> Any:
 def _logit_bias(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
+    _at_most(MAX_LOGIT_BIAS, value)
     if any(not key.isascii() or not key.isdigit() for key in value):
         raise ValueError("every key must be a token id in decimal digits")
     return {int(key[:20]): bias for key, bias in value.items()}
 
 
-def _prompts(value: Any) -> Any:
+def _prompts(value: Any) -> list[str] | list[list[int]]:
     """A prompt in any of its four shapes, as a list of strings or a list of lists of ids."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value and all(type(one) is int for one in value):
-        return [value]
-    return value
+    if isinstance(value, str) or (isinstance(value, list) and set(map(type, value)) == {int}):
+        value = [value]
+    if isinstance(value, list) and value:
+        _at_most(MAX_PROMPTS, value)
+        kinds = set(map(type, value))
+        if kinds == {str} or (kinds == {list} and all(map(_are_ids, value))):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of ids or a list of lists of ids")
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return set(map(type, value)) <= {int} and (not value or (min(value) >= 0 and max(value) < 1 << 32))
 
 
 class Body(BaseModel):
-    """A JSON object from outside: exact types, no unknown fields, no infinities."""
+    """A JSON object from outside: exact types, no unknown fields, no infinities. The first error in a long list ends it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     neutral: ClassVar[Neutral] = NEUTRAL_NONE
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (unknown := data.keys() - cls.model_fields.keys()):
+            raise PydanticCustomError("unknown_field", "{name} is not a known field", {"name": min(unknown)})
+        return data
 
 
 class StreamOptions(Body):
@@ -124,13 +159,20 @@ class TextPart(Body):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type", "text") != "text":
+            raise ValueError("is not text; this server reads only parts of type text")
+        return data
+
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[TextPart],
+        Field(min_length=1, fail_fast=True),
         BeforeValidator(_content),
-        Field(min_length=1),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -157,18 +199,18 @@ class ChatMessage(Body):
 
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
-Messages = Annotated[list[ChatMessage], BeforeValidator(_messages), Field(min_length=1, max_length=4096)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_messages)]
 Prompts = Annotated[
-    list[str] | list[list[TokenId]],
-    BeforeValidator(_prompts),
-    Field(min_length=1, max_length=MAX_PROMPTS),
+    list[str] | list[list[int]],
+    PlainValidator(_prompts),
     WithJsonSchema(
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
                 {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}, "minItems": 1},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}, "minItems": 1, "maxItems": MAX_PROMPTS},
             ]
         }
     ),
@@ -189,7 +231,6 @@ class GenerationRequest(Body):
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
         BeforeValidator(_logit_bias),
-        Field(max_length=MAX_LOGIT_BIAS),
         WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
     ] = Field(default_factory=dict)
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
@@ -199,10 +240,9 @@ class GenerationRequest(Body):
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
         BeforeValidator(_stops),
-        Field(max_length=MAX_STOPS),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOPS}]}),
     ] = Field(default_factory=list)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
+    stop_token_ids: Annotated[TokenIds, BeforeValidator(partial(_at_most, MAX_STOP_TOKEN_IDS))] = Field(default_factory=list)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] | None = None
@@ -243,7 +283,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str = Field(min_length=1, max_length=256)
-    tokens: list[TokenId]
+    tokens: Annotated[TokenIds, BeforeValidator(partial(_at_most, MAX_DETOKENIZED))]
 
 
 B = TypeVar("B", bound=Body)
@@ -260,21 +300,17 @@ def parse(kind: type[B], body: bytes) -> B:
     try:
         return kind.model_validate(without_neutral(data, kind.neutral))
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False, include_context=False)[0]) from None
+        raise _explain(error.errors(include_url=False)[0]) from None
 
 
 def _explain(detail: ErrorDetails) -> InvalidRequest:
     """pydantic's first finding in the words of the API: the field as a client writes it, what is wrong, what would be right."""
     param = _path(detail["loc"])
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] == "unknown_field":
+        param = ".".join(filter(None, (param, detail["ctx"]["name"][:100])))
         return InvalidRequest(f"{param or '(empty name)'} is not a known field; leave it out", param=param)
     if detail["type"] == "missing":
         return InvalidRequest(f"{param} is required", param=param)
-    if param.startswith("prompt") and "type" in detail["type"]:
-        return InvalidRequest("prompt must be a string, a list of strings, a list of ids or a list of lists of ids", param="prompt")
-    if param.startswith("messages") and param.endswith(".type"):
-        param = param.removesuffix(".type")
-        return InvalidRequest(f"{param} is not text; this server reads only parts of type 'text'", param=param)
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
     return InvalidRequest(f"{param}{_shown(detail['input'])}: {message}", param=param or None)
 

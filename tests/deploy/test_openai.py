@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any, get_type_hints
 
 import pytest
@@ -14,6 +15,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from polymux.deploy.http.openai import (
     NEUTRAL_CHAT,
     NEUTRAL_COMPLETION,
+    Body,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -241,6 +243,28 @@ def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
     for kind in (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
         with pytest.raises(InvalidRequest):
             parse(kind, body)
+
+
+ITEMS = 400_000
+FLOODS: dict[str, tuple[type[Body], bytes]] = {
+    "prompts": (CompletionRequest, b'{"model":"m","prompt":[' + b",".join([b"{}"] * ITEMS) + b"]}"),
+    "ids": (CompletionRequest, b'{"model":"m","prompt":[[' + b",".join([b"{}"] * ITEMS) + b"]]}"),
+    "messages": (ChatCompletionRequest, b'{"model":"m","messages":[' + b",".join([b"{}"] * ITEMS) + b"]}"),
+    "parts": (ChatCompletionRequest, b'{"model":"m","messages":[{"role":"user","content":[' + b",".join([b"{}"] * ITEMS) + b"]}]}"),
+    "stops": (ChatCompletionRequest, b'{"model":"m","stop":[' + b",".join([b"1"] * ITEMS) + b"]}"),
+    "tokens": (DetokenizeRequest, b'{"model":"m","tokens":[' + b",".join([b'""'] * ITEMS) + b"]}"),
+    "fields": (ChatCompletionRequest, b"{" + b",".join(b'"%d":1' % i for i in range(ITEMS // 4)) + b"}"),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_body_full_of_errors_ends_at_the_first(name: str) -> None:
+    """Collecting an error for each item would hold up everybody else's streams for many seconds."""
+    kind, body = FLOODS[name]
+    started_s = time.thread_time()
+    with pytest.raises(InvalidRequest):
+        parse(kind, body)
+    assert time.thread_time() - started_s < 0.5
 
 
 def test_a_developer_speaks_as_the_system_and_parts_stay_parts() -> None:
