@@ -69,3 +69,21 @@ def pair(kv_peer: Any) -> Callable[..., AbstractContextManager[Any]]:
             prefiller.close()
 
     return run
+
+
+@pytest.fixture(params=["local", "shm", "tcp", "fault+shm", "fault+tcp"])
+def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Configuration of either side for one backend; wrapped, with a peer that must confirm the quiet, and late messages."""
+    name: str = request.param
+    config: dict[str, Any] = {"settings": {"backend": name.removeprefix("fault+")}}
+    if name.startswith("fault+"):
+        config |= {"faults": [{"step": "source.send.move", "action": "delay", "nth": 1, "delay_s": 0.01}], "peer_writes": True}
+    return config
+
+
+@pytest.fixture
+def joined(pair: Any, backend: dict[str, Any]) -> Any:
+    def run(source: dict[str, Any] | None = None, sink: dict[str, Any] | None = None) -> Any:
+        return pair(backend | (source or {}), backend | (sink or {}))
+
+    return run

@@ -113,7 +113,7 @@ def until(claim: Any, within_s: float = 8.0) -> bool:
     return bool(claim())
 
 
-QUICK = {"silence_s": 0.7, "acknowledge_s": 0.5}  # to notice a frozen peer
+QUICK = {"silence_s": 0.45, "acknowledge_s": 0.4}  # to notice a frozen peer
 SOURCE_STEPS = [
     ("source.receive.prefill", 0),
     ("source.send.move", 0),
@@ -163,7 +163,7 @@ def test_a_prefill_worker_that_dies_or_freezes_costs_its_transfers_only(
 
 @pytest.mark.parametrize("backend", ["shm", "tcp"])
 def test_a_restarted_prefill_worker_is_used_at_once(kv_peer: Any, child: Any, backend: str) -> None:
-    settings = QUICK | {"backend": backend}
+    settings = {"backend": backend}
     decoder = kv_peer.Decoder(settings=settings)
     try:
         with child(role="prefill", settings=settings, faults=[{"step": "source.send.move", "action": "kill", "nth": 1}]) as victim:
@@ -215,7 +215,7 @@ def test_a_worker_killed_at_a_random_moment_under_load_leaves_the_other_whole(kv
     settings = QUICK | {"backend": backend}
     decoder = kv_peer.Decoder(settings=settings)
     try:
-        for epoch, wait_s in enumerate((0.002, 0.01, 0.03, 0.06), 3):
+        for epoch, wait_s in enumerate((0.004, 0.03), 3):
             with child(role="prefill", settings=settings, epoch=epoch, pace_s=0.0005) as victim:
                 edge = decoder.sink.connect(address_of(victim), 5)
                 transfers = [decoder.order(edge, 6, deadline_s=20) for _ in range(8)]
