@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,12 +111,13 @@ def serving(path: Path, dtype: str, threads: int) -> Iterator[str]:
             "serve": {"port": 18_431},
         }
     )
-    start_local_ray(num_workers=2)
-    try:
-        yield start_serving(config)
-        stop_serving(config)
-    finally:
-        ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="pmx-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        start_local_ray(2, folder)
+        try:
+            yield start_serving(config)
+            stop_serving(config)
+        finally:
+            ray.shutdown()
 
 
 def prompts(path: Path, count: int, num_tokens: int) -> list[list[int]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +11,7 @@ import ray
 from polymux.cluster.config import ClusterConfig
 from polymux.cluster.remote import NAMESPACE, ControllerActor
 from polymux.transport.errors import PolymuxError
+from polymux.transport.units import MIB
 
 START_S = 600.0  # packing a large catalogue takes minutes
 
@@ -44,27 +43,21 @@ def create_controller(config: ClusterConfig) -> Any:
     )
 
 
-def start_local_ray(num_workers: int, temp_dir: str | None = None) -> None:
+def start_local_ray(num_workers: int, temp_dir: str) -> None:
     """A Ray of our own on this host, which ends with this process. Never joins one that runs here already.
 
+    Ray's sockets lie below `temp_dir`, and a unix socket's path holds 107 bytes: keep it under 20. It is the caller's to remove.
     CPUs are bookkeeping: as many as the actors ask for, whatever the host has.
     """
-    num_cpus = max(os.cpu_count() or 1, num_workers + 2)
     ray.init(
         address="local",
-        num_cpus=num_cpus,
+        num_cpus=max(os.cpu_count() or 1, num_workers + 2),
         include_dashboard=False,
         log_to_driver=False,
-        object_store_memory=128 * 1024 * 1024,
-        _temp_dir=temp_dir or tempfile.mkdtemp(prefix="polymux-ray-", dir=_short_temp()),
+        object_store_memory=128 * MIB,
+        _temp_dir=temp_dir,
         logging_level=logging.WARNING,
     )
-
-
-def _short_temp() -> str:
-    """Ray's sockets lie below it, and a unix socket's path holds 107 bytes."""
-    folder = tempfile.gettempdir()
-    return folder if len(folder) < 40 or not Path("/tmp").is_dir() else "/tmp"
 
 
 def require_ray(address: str | None) -> None:

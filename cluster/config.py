@@ -143,7 +143,7 @@ class SecurityConfig(Section):
 
 class TransportConfig(Section):
     backend: Literal["auto", "local", "shm", "tcp"] = Field(default="auto", description="how KV moves; auto: shm on one host, else tcp")
-    listen_host: str | None = Field(default=None, description="address that workers listen on; unset takes the node's")
+    listen_host: str | None = Field(default=None, description="address that workers listen on; unset takes loopback, for one host")
     transfer_timeout_s: Seconds = Field(default=10.0, description="shortest deadline of one KV transfer")
 
 

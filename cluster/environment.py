@@ -10,7 +10,7 @@ VARIABLES: dict[str, str] = {
     "POLYMUX_CLUSTER_TOKEN": "secret that front doors and workers of one cluster share; made at start when unset",
     "POLYMUX_BASE_URL": "address of the server for the client SDK and the command line",
     "POLYMUX_LOG_LEVEL": "DEBUG, INFO, WARNING or ERROR",
-    "POLYMUX_HOST_IP": "address that this host's workers listen on, where the guess is wrong",
+    "POLYMUX_HOST_IP": "address that workers listen on, where they must be reached from other hosts",
     "HF_HOME": "Hugging Face cache, for models named by hub id",
     "HF_TOKEN": "Hugging Face token, for gated models",
     "HF_HUB_OFFLINE": "1: never download",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -38,14 +39,15 @@ def config() -> ClusterConfig:
 
 
 @pytest.fixture(scope="module")
-def url(config: ClusterConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    start_local_ray(num_workers=3)
-    try:
-        yield start_serving(config)
-        stop_serving(config)
-        assert find_controller(config) is None, "the controller outlived its cluster"
-    finally:
-        ray.shutdown()
+def url(config: ClusterConfig) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="pmx-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        start_local_ray(3, folder)
+        try:
+            yield start_serving(config)
+            stop_serving(config)
+            assert find_controller(config) is None, "the controller outlived its cluster"
+        finally:
+            ray.shutdown()
 
 
 def pids(seen: dict[str, Any]) -> dict[str, int]:
