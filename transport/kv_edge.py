@@ -29,10 +29,10 @@ from polymux.transport.protocol import Commit, EdgeOpen, Ended, Failed, Move, Pi
 from polymux.transport.reactor import Reactor
 from polymux.transport.region import BlockGrid, Grids
 from polymux.transport.transfer import SinkLedger, SinkTransfer
-from polymux.transport.units import TransferId
+from polymux.transport.units import MIB, TransferId
 from polymux.transport.wire import decode, encode
 
-_MAX_ORDER_BYTES = 16 * 1024 * 1024  # unread by the peer; its edge is dropped beyond it
+_MAX_ORDER_BYTES = 16 * MIB  # unread by the peer; its edge is dropped beyond it
 
 
 @dataclass(slots=True)
