@@ -41,6 +41,7 @@ RELEASE_ATTEMPTS = 3
 TOPOLOGY_TTL_S = 0.5  # how long a snapshot serves /ready and /metrics
 TOPOLOGY_TIMEOUT_S = 2.0
 UNKNOWN_MODEL_TTL_S = 0.2  # how long it is believed that there is no such model
+NORMALIZER_SLACK = 4  # how many times shorter a tokenizer's normalizer may make a text
 LAST_WORDS_S = 1.0  # for requests that a closing front door has ended to tell their clients
 
 
@@ -70,6 +71,18 @@ class LoadedModel:
     spec: ModelSpec
     tokenizer: Tokenizer
     defaults: Defaults
+    max_chars: int  # of a prompt, by far: not worth tokenizing beyond
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Raises CheckpointError."""
+    tokenizer = Tokenizer.open(spec.path, spec.chat_template)
+    return LoadedModel(
+        spec=spec,
+        tokenizer=tokenizer,
+        defaults=Defaults.read(spec.path),
+        max_chars=spec.max_model_len * tokenizer.longest_token() * NORMALIZER_SLACK,
+    )
 
 
 class FrontDoor:
@@ -186,9 +199,9 @@ class FrontDoor:
         return await asyncio.shield(task)
 
     async def _load(self, spec: ModelSpec) -> LoadedModel:
-        tokenizer, defaults = await asyncio.to_thread(lambda: (Tokenizer.open(spec.path, spec.chat_template), Defaults.read(spec.path)))
+        model = await asyncio.to_thread(load_model, spec)
         log.info("model.loaded model=%s path=%s", spec.model, spec.path)
-        return LoadedModel(spec=spec, tokenizer=tokenizer, defaults=defaults)
+        return model
 
     def _forget_unregistered(self) -> None:
         for name in self._loaded.keys() - {spec.model for spec in self._specs}:

@@ -22,7 +22,7 @@ from polymux.deploy.http.openai import ChatCompletionRequest, ChatMessage, Compl
 from polymux.deploy.http.request import OpenRequest
 from polymux.deploy.http.settings import HttpSettings
 from polymux.deploy.http.sse import stream
-from polymux.transport.errors import Cancelled
+from polymux.transport.errors import Cancelled, ContextLengthExceeded
 
 log = logging.getLogger("polymux.http")
 
@@ -31,18 +31,28 @@ SEND_GRACE_S = 5.0  # after a request's deadline, for its client to take the res
 
 
 async def encode(model: LoadedModel, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Raises ContextLengthExceeded, before any work, for a text that no tokenization could make short enough."""
+    _check_length(model, len(text), "prompt")
     if len(text) < LONG_TEXT:
         return model.tokenizer.encode(text, add_special_tokens)
     return await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens)
 
 
 async def encode_chat(model: LoadedModel, messages: Sequence[ChatMessage], add_generation_prompt: bool = True) -> list[int]:
-    """By the model's chat template."""
-    plain = [one.plain() for one in messages]
-    render = partial(model.tokenizer.encode_chat, plain, add_generation_prompt=add_generation_prompt)
-    if sum(len(part.text) for one in messages for part in one.content) < LONG_TEXT:
+    """By the model's chat template. Raises as `encode` does."""
+    num_chars = sum(len(part.text) for one in messages for part in one.content)
+    _check_length(model, num_chars, "messages")
+    render = partial(model.tokenizer.encode_chat, [one.plain() for one in messages], add_generation_prompt=add_generation_prompt)
+    if num_chars < LONG_TEXT:
         return render()
     return await asyncio.to_thread(render)
+
+
+def _check_length(model: LoadedModel, num_chars: int, param: str) -> None:
+    if num_chars > model.max_chars:
+        raise ContextLengthExceeded(
+            f"{param} has {num_chars} characters, more than {model.spec.model} could hold in {model.spec.max_model_len} tokens", param=param
+        )
 
 
 class GenerateEndpoint:

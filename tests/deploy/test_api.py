@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from starlette.testclient import TestClient
 from zero_stack import BOS, EOS, ZeroStack, byte_spec, write_checkpoint
 
 import polymux
+from polymux.actors.tokenizer import Tokenizer
 from polymux.deploy.http.auth import hash_key
 from polymux.deploy.http.openai import ChatCompletionRequest, CompletionRequest
 from polymux.transport.errors import Draining, ModelLoading, OutOfMemory, Overloaded, PeerLost, PolymuxError, RateLimited
@@ -312,6 +315,31 @@ async def test_a_prompt_that_can_never_fit_is_400(client: httpx.AsyncClient) -> 
     response = await client.post("/v1/completions", json={**PROMPT, "prompt": "x" * 2000})
     assert response.status_code == 400
     assert error_in(response)["code"] == "context_length_exceeded"
+
+
+async def test_a_text_that_is_hopelessly_long_is_not_even_tokenized(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("was tokenized"))
+    text = "x" * 1024 * 4 * 5  # tokens, slack, and more than the longest token, </s>
+    chat = {**CHAT, "messages": [{"role": "user", "content": text}]}
+    for path, body, param in (("/v1/completions", {**PROMPT, "prompt": text}, "prompt"), ("/v1/chat/completions", chat, "messages")):
+        response = await client.post(path, json=body)
+        assert response.status_code == 400
+        assert (error_in(response)["code"], error_in(response)["param"]) == ("context_length_exceeded", param)
+
+
+async def test_a_long_text_is_tokenized_while_others_are_served(checkpoint: Path, make_stack: MakeStack, connect: Connect) -> None:
+    stack = make_stack(specs=(byte_spec("bytes", checkpoint, max_model_len=1 << 20),))
+    async with connect(stack) as client:
+        await client.post("/v1/completions", json=PROMPT)
+        long = asyncio.create_task(client.post("/tokenize", json={"model": "bytes", "prompt": "word " * 120_000}))
+        gaps = [time.perf_counter()]
+        while not long.done():
+            assert (await client.get("/health")).status_code == 200
+            await asyncio.sleep(0)
+            gaps.append(time.perf_counter())
+        assert (await long).json()["count"] == 600_000
+    longest_s = max(after - before for before, after in itertools.pairwise(gaps))
+    assert longest_s < 0.4 * (gaps[-1] - gaps[0]), f"others waited {longest_s:.2f} s of {gaps[-1] - gaps[0]:.2f} s"
 
 
 async def test_a_body_beyond_the_cap_is_413_told_or_not(make_stack: MakeStack, connect: Connect) -> None:
