@@ -28,8 +28,13 @@ class LocalHandle:
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
+        self._starting: asyncio.Task[WorkerHello] | None = None
 
     async def start(self, settings: WorkerSettings) -> WorkerHello:
+        self._starting = asyncio.create_task(self._start(settings))
+        return await asyncio.shield(self._starting)  # a thread cannot be cancelled; `stop` waits for it
+
+    async def _start(self, settings: WorkerSettings) -> WorkerHello:
         self.worker = await asyncio.to_thread(Worker, settings)
         return await asyncio.to_thread(self.worker.start)
 
@@ -43,6 +48,8 @@ class LocalHandle:
         return await self._call(lambda worker: worker.report())
 
     async def stop(self) -> None:
+        if self._starting is not None:
+            await asyncio.gather(self._starting, return_exceptions=True)
         worker, self.worker = self.worker, None
         if worker is not None:
             await asyncio.to_thread(worker.stop)

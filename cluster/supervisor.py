@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, ModelConfig
 from polymux.cluster.controller import Controller
 from polymux.cluster.sizing import worker_settings
-from polymux.transport.errors import PolymuxError, StaleEpoch, WorkerLost
+from polymux.transport.errors import StaleEpoch, WorkerLost
 from polymux.transport.messages import Admit, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport
 from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
 
@@ -27,6 +27,7 @@ log = logging.getLogger("polymux.supervisor")
 
 BOOT_S = 120.0  # for a worker's process to come up
 CALL_S = 30.0  # for any other call to a worker
+STORE_S = 600.0  # for a node's store, which packs every model before its first worker starts
 MAX_RESTARTS = 5  # of one worker within RESTART_WINDOW_S; then it stays down
 RESTART_WINDOW_S = 300.0
 
@@ -54,14 +55,17 @@ class Launcher(Protocol):
 
 @dataclass(slots=True)
 class _Member:
-    """One place in a pool, and the worker that fills it at present."""
+    """One place in a pool, and the worker that serves there at present."""
 
     role: Role
     number: int
-    handle: WorkerHandle | None = None
-    worker_id: WorkerId | None = None
+    handle: WorkerHandle | None = None  # set once it serves every model
     epoch: Epoch | None = None
     restarts: deque[float] = field(default_factory=deque)
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return WorkerId(f"{self.role}-{self.number}")
 
 
 class Supervisor:
@@ -77,7 +81,10 @@ class Supervisor:
             for role, pool in ((Role.PREFILL, config.pools.prefill), (Role.DECODE, config.pools.decode))
             for number in range(pool.workers)
         ]
+        self._handles: set[WorkerHandle] = set()  # every process that was launched and not stopped, whether it serves or not
         self._specs: dict[ModelName, ModelSpec] = {}
+        self._adding = asyncio.Lock()
+        self._serving_since_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Task[None] | None = None
         self.stopped = asyncio.Event()
@@ -86,114 +93,172 @@ class Supervisor:
 
     async def start(self) -> None:
         """Stores, models and workers, side by side where they may be. Raises what any of them raised; then nothing is left running."""
+        if self._ending is not None:
+            raise WorkerLost("this cluster was stopped; start a new one")
         try:
-            await self._launcher.start_stores(self.config.store.budget_bytes, self.config.engine.weight_layout, self._token)
-            async with asyncio.TaskGroup() as group:
-                launches = [group.create_task(self._launch(member)) for member in self._members]
-                for model in self.config.models:
-                    self._specs[ModelName(model.name)] = await self._launcher.register(_source(model))
-            assert all(task.done() for task in launches)
-            async with asyncio.TaskGroup() as group:
-                for member in self._members:
-                    group.create_task(self._serve(member))
-            for spec in self._specs.values():
-                self.controller.register(spec)
+            await self._spawn(self._bring_up())
         except BaseException as error:
+            was_stopped = self._ending is not None
             await self.stop()
+            if was_stopped:
+                raise WorkerLost("this cluster was stopped while it started; start a new one") from None
             raise _first(error) from error
-        self._spawn(self._watch())
 
     async def stop(self) -> None:
-        """Stop polling, stop every worker, give every image back. May be called twice."""
-        for task in list(self._tasks):
-            task.cancel()
-        handles = [member.handle for member in self._members if member.handle is not None]
-        await asyncio.gather(*(_within(handle.stop(), CALL_S) for handle in handles), return_exceptions=True)
-        for member in self._members:
-            member.handle = None
-        await self._launcher.stop()
-        self.stopped.set()
+        """Stop polling, stop every worker, give every image back. May be called at any time, and twice."""
+        await asyncio.shield(self._end())
 
     @property
-    def _token(self) -> str:
-        return self.config.security.cluster_token
+    def is_stopping(self) -> bool:
+        return self._ending is not None
 
-    async def _launch(self, member: _Member) -> None:
-        member.handle = await _within(self._launcher.launch(member.role, self.config), BOOT_S)
-
-    async def _serve(self, member: _Member) -> None:
-        """Give a worker its settings, its models and its epoch."""
-        assert member.handle is not None
-        member.worker_id = WorkerId(f"{member.role}-{member.number}")
-        store_address = await self._launcher.store_address(member.handle)
-        settings = worker_settings(self.config, member.role, member.worker_id, store_address, tuple(self._specs.values()))
-        hello = await _within(member.handle.start(settings), CALL_S)
+    async def _bring_up(self) -> None:
+        await self._launcher.start_stores(
+            self.config.store.budget_bytes, self.config.engine.weight_layout, self.config.security.cluster_token
+        )
+        async with asyncio.TaskGroup() as group:
+            launches = [group.create_task(self._launch(member)) for member in self._members]
+            for model in self.config.models:
+                self._specs[ModelName(model.name)] = await self._launcher.register(_source(model))
+        async with asyncio.TaskGroup() as group:
+            for member, launch in zip(self._members, launches, strict=True):
+                group.create_task(self._serve(member, launch.result()))
         for spec in self._specs.values():
-            await _within(member.handle.add_model(spec), CALL_S)
-        joined = self.controller.join(hello)
-        member.epoch = joined.epoch
-        await _within(member.handle.serve(joined.epoch), CALL_S)
-        log.info("worker.joined worker=%s epoch=%d address=%s", member.worker_id, joined.epoch, hello.address)
+            self.controller.register(spec)
+        self._serving_since_s = self._clock()
+        self._spawn(self._watch())
+
+    def _end(self) -> asyncio.Task[None]:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._take_down())
+        return self._ending
+
+    async def _take_down(self) -> None:
+        try:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for member in self._members:
+                member.handle = None
+            await asyncio.gather(*(self._discard(handle) for handle in list(self._handles)))
+            await self._launcher.stop()
+        finally:
+            self.stopped.set()
+
+    async def _launch(self, member: _Member) -> WorkerHandle:
+        launch = self._launcher.launch(member.role, self.config)
+        handle: WorkerHandle = await _within(launch, BOOT_S, f"the launch of worker {member.worker_id}")
+        self._handles.add(handle)
+        return handle
+
+    async def _discard(self, handle: WorkerHandle) -> None:
+        """Stop a process, whatever state it is in."""
+        try:
+            await _within(handle.stop(), CALL_S, "the stop of a worker")
+        except Exception as error:
+            log.warning("worker.stop_failed reason=%r", error)
+        self._handles.discard(handle)
+
+    async def _serve(self, member: _Member, handle: WorkerHandle) -> None:
+        """Give a worker its settings, its models and its epoch. From its last line on it is polled, and told of new models."""
+        name = f"worker {member.worker_id}"
+        store_address = await _within(self._launcher.store_address(handle), STORE_S, f"the weight store of {name}")
+        settings = worker_settings(self.config, member.role, member.worker_id, store_address, tuple(self._specs.values()))
+        hello = await _within(handle.start(settings), CALL_S, f"the start of {name}")
+        known: set[ModelSpec] = set()
+        await self._teach(handle, known)
+        member.epoch = self.controller.join(hello).epoch
+        await _within(handle.serve(member.epoch), CALL_S, f"the first step of {name}")
+        await self._teach(handle, known)
+        member.handle = handle
+        log.info("worker.joined worker=%s epoch=%d address=%s", member.worker_id, member.epoch, hello.address)
+
+    async def _teach(self, handle: WorkerHandle, known: set[ModelSpec]) -> None:
+        """Every model that it does not know, those that come meanwhile included: on return there is none."""
+        while missing := [spec for spec in self._specs.values() if spec not in known]:
+            for spec in missing:
+                await _within(handle.add_model(spec), CALL_S, f"adding {spec.model} to a worker")
+                known.add(spec)
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _watch(self) -> None:
-        """Poll every worker once an interval; sweep leases; stop when no front door has called for too long."""
+        """Once an interval: poll every worker, sweep leases, and stop when no front door has called for too long."""
         while True:
-            await asyncio.gather(*(self._poll(member) for member in self._members))
-            expired = self.controller.expired()
-            for worker_id in expired.workers:
-                log.warning("worker.lost worker=%s reason=lease", worker_id)
-                self._replace(worker_id)
-            if expired.is_orphaned:
-                log.info("supervisor.orphaned")
-                self._ending = asyncio.create_task(self.stop())
+            try:
+                await self._look()
+            except Exception:  # a poll fails by itself; whatever this is, the next round must come
+                log.exception("supervisor.watch_failed")
+            if self._ending is not None:
                 return
             await asyncio.sleep(self.config.liveness.report_interval_s)
 
+    async def _look(self) -> None:
+        await asyncio.gather(*(self._poll(member) for member in self._members))
+        expired = self.controller.expired()
+        for member in self._members:
+            if member.worker_id in expired.workers:
+                self._lose(member, "its lease is over")
+        orphan_s = self.config.liveness.orphan_timeout_s
+        if expired.is_orphaned and orphan_s is not None and self._clock() - self._serving_since_s > orphan_s:  # the start may take longer
+            log.info("supervisor.orphaned")
+            self._end()
+
     async def _poll(self, member: _Member) -> None:
+        """Its report for the books. A silent worker has its lease to come back; one that is not in the books is replaced."""
         if member.handle is None:
             return
         try:
-            self.controller.report(await _within(member.handle.report(), self.config.liveness.worker_lease_s / 2))
-        except WorkerLost as error:
-            assert member.worker_id is not None
-            log.warning("worker.lost worker=%s reason=%s", member.worker_id, error)
-            self.controller.lost(member.worker_id, member.epoch)
-            self._replace(member.worker_id)
-        except (TimeoutError, StaleEpoch) as error:
-            log.warning("worker.silent worker=%s reason=%s", member.worker_id, error or "no answer to a poll")
+            async with asyncio.timeout(self.config.liveness.worker_lease_s / 2):
+                self.controller.report(await member.handle.report())
+        except (WorkerLost, StaleEpoch) as error:
+            self._lose(member, str(error))
+        except TimeoutError:
+            log.warning("worker.silent worker=%s", member.worker_id)
+        except Exception:
+            log.exception("worker.poll_failed worker=%s", member.worker_id)
 
-    def _replace(self, worker_id: WorkerId) -> None:
-        member = next((m for m in self._members if m.worker_id == worker_id and m.handle is not None), None)
-        if member is None:
-            return
+    def _lose(self, member: _Member, reason: str) -> None:
+        """Take a worker out of the books, and start the next one in its place."""
+        if member.handle is None:
+            return  # on its way already
+        log.warning("worker.lost worker=%s reason=%s", member.worker_id, reason)
+        self.controller.lost(member.worker_id, member.epoch)
         handle, member.handle = member.handle, None
         self._spawn(self._restart(member, handle))
 
-    async def _restart(self, member: _Member, dead: WorkerHandle | None) -> None:
+    async def _restart(self, member: _Member, dead: WorkerHandle) -> None:
         """A new process in the old one's place; a worker that keeps dying stays down, and the log says so."""
-        if dead is not None:
-            await asyncio.gather(_within(dead.stop(), CALL_S), return_exceptions=True)
+        await self._discard(dead)
+        while self._may_restart(member):
+            handle: WorkerHandle | None = None
+            try:
+                handle = await self._launch(member)
+                await self._serve(member, handle)
+                return
+            except Exception as error:  # whatever it was, the place is not to stay empty without a word
+                log.warning("worker.restart_failed worker=%s reason=%r", member.worker_id, error)
+                self.controller.lost(member.worker_id, member.epoch)
+                if handle is not None:
+                    await self._discard(handle)
+        log.error("worker.abandoned worker=%s restarts=%d window_s=%.0f", member.worker_id, len(member.restarts), RESTART_WINDOW_S)
+
+    def _may_restart(self, member: _Member) -> bool:
+        """Counts the restart that it allows."""
         now_s = self._clock()
         while member.restarts and member.restarts[0] < now_s - RESTART_WINDOW_S:
             member.restarts.popleft()
         if len(member.restarts) >= MAX_RESTARTS:
-            log.error("worker.abandoned worker=%s restarts=%d window_s=%.0f", member.worker_id, len(member.restarts), RESTART_WINDOW_S)
-            return
+            return False
         member.restarts.append(now_s)
-        try:
-            await self._launch(member)
-            await self._serve(member)
-        except (PolymuxError, TimeoutError) as error:
-            log.warning("worker.restart_failed worker=%s reason=%s", member.worker_id, error)
-            handle, member.handle = member.handle, None
-            self._spawn(self._restart(member, handle))
+        return True
 
     # -- the control plane of the front doors -------------------------------------------------------------------------
 
@@ -214,18 +279,38 @@ class Supervisor:
         return {**asdict(self.controller.topology()), "stats": asdict(self.controller.stats())}
 
     async def add_model(self, model: ModelConfig) -> ModelSpec:
-        """Register a model while serving. Raises CheckpointError or ConfigError, and then nothing is registered anywhere."""
-        spec = await self._launcher.register(_source(model))
+        """Register a model while serving. Raises CheckpointError or ConfigError, and then no new one is registered anywhere."""
+        name = ModelName(model.name)
+        async with self._adding:
+            try:
+                spec = await self._launcher.register(_source(model))
+                await self._tell_all(spec)
+                kept = self.controller.register(spec)
+            except BaseException:
+                if name not in self._specs:  # else it is served, and goes on
+                    await self._forget(name)
+                raise
+            self._specs[name] = kept
+            return kept
+
+    async def _tell_all(self, spec: ModelSpec) -> None:
+        """Tell every worker that serves, those that come up meanwhile included; one that does not answer is replaced."""
+        told: set[WorkerHandle] = set()
+        while left := [m for m in self._members if m.handle is not None and m.handle not in told]:
+            member, handle = left[0], left[0].handle
+            assert handle is not None
+            told.add(handle)
+            try:
+                await _within(handle.add_model(spec), CALL_S, f"adding {spec.model} to worker {member.worker_id}")
+            except WorkerLost as error:
+                if member.handle is handle:
+                    self._lose(member, str(error))
+
+    async def _forget(self, model: ModelName) -> None:
         try:
-            for member in self._members:
-                if member.handle is not None:
-                    await _within(member.handle.add_model(spec), CALL_S)
-            kept = self.controller.register(spec)
-        except BaseException:
-            await self._launcher.forget(spec.model)
-            raise
-        self._specs[spec.model] = kept
-        return kept
+            await self._launcher.forget(model)
+        except Exception as error:  # the first error is the one to show
+            log.warning("supervisor.forget_failed model=%s reason=%r", model, error)
 
 
 def _source(model: ModelConfig) -> ModelSource:
@@ -249,6 +334,12 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-async def _within(call: Awaitable[Any], seconds: float) -> Any:
-    async with asyncio.timeout(seconds):
-        return await call
+async def _within(call: Awaitable[Any], seconds: float, what: str) -> Any:
+    """Raises WorkerLost, naming what took too long."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await call
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise WorkerLost(f"{what} took more than {seconds:g} s; see its log") from error
