@@ -72,9 +72,24 @@ class WeightStore:
         self._build(stored, checkpoint)
         assert stored.manifest is not None
         stored.spec = _describe(source, checkpoint, dtype, weight_bytes=stored.manifest.nbytes, digest=stored.manifest.digest)
-        with self._lock:
-            self._models[source.model] = stored
+        self._keep(stored)
         return stored.spec
+
+    def _keep(self, new: _Stored) -> None:
+        """Into the table. A name that is there already takes the new image, limits and SLOs; other weights are refused, and let go."""
+        with self._lock:
+            known = self._models.setdefault(new.source.model, new)
+        if known is new:
+            return
+        with known.lock, self._lock:
+            is_same = (known.spec.digest, known.spec.dtype) == (new.spec.digest, new.spec.dtype)
+            surplus = known.fd if is_same else new.fd
+            if surplus is not None:
+                os.close(surplus)
+            if is_same:
+                known.source, known.spec, known.manifest, known.fd = new.source, new.spec, new.manifest, new.fd
+        if not is_same:
+            raise ConfigError(f"models.{new.source.model} is registered with other weights or another dtype; choose another name")
 
     def forget(self, model: ModelName) -> None:
         """Undo `register`, for a model that the cluster refused. Unknown names are fine."""
