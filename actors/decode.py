@@ -6,6 +6,7 @@ failed stay in quarantine until the transport says that nobody writes to them an
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -22,7 +23,7 @@ from polymux.actors.updates import failure, token_update
 from polymux.disagg.batching import choose_victims, form_batch, next_grant
 from polymux.disagg.multiplex import Turn, TurnPolicy, is_over
 from polymux.disagg.views import BatchView, DecodeView, HolderView, RunningView, WaitingView
-from polymux.transport.errors import DeadlineExceeded, PolymuxError
+from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Overloaded, PolymuxError
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
 from polymux.transport.messages import Generate, ModelLoad
 from polymux.transport.units import ClientId, ModelName, SequenceId
@@ -57,6 +58,10 @@ class DecodeRole:
             spec = self._engine.spec(command.model)
             self._num_accepted += 1
             sequence = Sequence.from_command(command, client_id, spec, self._num_accepted, self._engine.clock())
+            if sequence.num_tokens >= spec.max_model_len:  # it could wait for blocks forever, and everybody behind it
+                raise ContextLengthExceeded(
+                    f"sequence {command.sequence_id} has {sequence.num_tokens} tokens; {spec.model} takes {spec.max_model_len} in all"
+                )
         except PolymuxError as error:
             self._outbox.add(client_id, failure(command.sequence_id, len(command.output_ids) // 4, error))
             return
@@ -158,7 +163,11 @@ class DecodeRole:
         return step
 
     def _make_room(self, model: ModelName, num_blocks: int, order: int) -> bool:
-        """Preempt younger sequences of other models until this model's oldest has its block."""
+        """Preempt younger sequences of other models until this model's oldest has its block.
+
+        Bytes alone do not tell: a slab changes its model only when all of it is free, and it may hold blocks of several sequences.
+        """
+        pool = self._engine.pool(model)
         holders = [
             HolderView(
                 sequence_id=s.command.sequence_id, model=s.spec.model, order=s.order, kv_bytes=len(s.block_ids) * s.spec.kv.block_bytes
@@ -167,10 +176,14 @@ class DecodeRole:
             if s.phase is Phase.RUNNING and s.spec.model != model
         ]
         needed_bytes = num_blocks * self._engine.spec(model).kv.block_bytes
-        victims = choose_victims(holders, needed_bytes=needed_bytes, order=order)
-        for sequence_id in victims:
-            self._preempt(self._sequences[sequence_id])
-        return bool(victims) and self._engine.pool(model).num_free >= num_blocks
+        while pool.num_free < num_blocks:
+            victims = choose_victims(holders, needed_bytes=needed_bytes, order=order)
+            if not victims:
+                return False
+            for sequence_id in victims:
+                self._preempt(self._sequences[sequence_id])
+            holders = [holder for holder in holders if holder.sequence_id not in victims]
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give its blocks back; it waits for new ones and is prefilled again, prompt and outputs."""
@@ -214,8 +227,9 @@ class DecodeRole:
     # -- grants and endings -------------------------------------------------------------------------------------------
 
     def _grant(self) -> None:
-        """Give blocks to those that wait, oldest first, and send their prefill orders."""
-        waiting = {s.command.sequence_id: s for s in self._sequences.values() if s.phase is Phase.WAITING}
+        """Give blocks to those that wait, oldest first, and send their prefill orders. A full prefill worker gets its later."""
+        short = self._first_short()
+        waiting = {s.command.sequence_id: s for s in self._sequences.values() if s.phase is Phase.WAITING and s.order < short}
         held = Counter(s.spec.model for s in self._sequences.values() if s.phase is not Phase.WAITING)
         while waiting:
             views = [
@@ -231,7 +245,17 @@ class DecodeRole:
                 self._grants.order(sequence)
                 held[sequence.spec.model] += 1
             except PolymuxError as error:
-                self._fail(sequence, error)
+                if not isinstance(error, Overloaded) or self._grants.is_idle:
+                    self._fail(sequence, error)
+                    continue
+                full = sequence.command.prefill.worker_id  # the end of one of its transfers wakes us
+                waiting = {key: s for key, s in waiting.items() if s.command.prefill.worker_id != full}
+
+    def _first_short(self) -> float:
+        """The place in line of the oldest running sequence without room for its token: nobody behind it is granted blocks before."""
+        running = (s for s in self._sequences.values() if s.phase is Phase.RUNNING)
+        short = (s for s in running if (wanted := s.num_blocks_wanted) > 0 and wanted > self._engine.pool(s.spec.model).num_free)
+        return min((s.order for s in short), default=math.inf)
 
     def _fail(self, sequence: Sequence, error: PolymuxError) -> None:
         self._outbox.add(sequence.client_id, failure(sequence.command.sequence_id, len(sequence.output_ids), error))

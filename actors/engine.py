@@ -84,9 +84,7 @@ class Engine:
             switch = self.residency.switch(spec, wanted=wanted)
         except OSError as error:
             raise PolymuxError(f"loading {model} failed: {error}") from error
-        if model not in self._bound:
-            resident = self.residency.residents[model]
-            self._bound[model] = self._runner.bind(resident.manifest, resident.weights, self.blocks.pool(spec.kv).kv)
+        self._bind(model)
         return switch
 
     def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
@@ -94,7 +92,7 @@ class Engine:
         active = self.residency.active
         if active is None:
             raise PolymuxError("no model is active: the last switch failed")
-        return self._bound[active].forward(batch, on_layer)
+        return self._bind(active).forward(batch, on_layer)
 
     def probe(self) -> bool:
         """One token through the active model, in a block of its own: does it still compute? True when there is nothing to probe with."""
@@ -108,6 +106,13 @@ class Engine:
             return bool(torch.isfinite(logits).all())
         finally:
             self.pool(active).free(blocks)
+
+    def _bind(self, model: ModelName) -> BoundModel:
+        """The model over its weights' present place; anew where a failed switch had evicted it and brought it back."""
+        if model not in self._bound:
+            resident = self.residency.residents[model]
+            self._bound[model] = self._runner.bind(resident.manifest, resident.weights, self.pool(model).kv)
+        return self._bound[model]
 
     def _unbind(self, resident: Resident) -> None:
         self._bound.pop(resident.spec.model, None)

@@ -35,7 +35,7 @@ class Grants:
         self._quarantine: dict[TransferId, _Live] = {}
 
     def order(self, sequence: Sequence) -> None:
-        """Grant blocks for all tokens so far and send the prefill order. Raises NoFreeBlocks or a TransferError; then nothing is held."""
+        """Grant blocks for all tokens so far, send the order. Raises NoFreeBlocks, Overloaded, TransferError; then none is held."""
         command = sequence.command
         pool = self._engine.pool(sequence.spec.model)
         edge = self._sink.open(command.prefill, EDGE_DEADLINE_S)
@@ -89,6 +89,11 @@ class Grants:
         live = self._quarantine.pop(event.transfer_id)
         self._engine.pool(live.sequence.spec.model).free(live.block_ids)
         return None
+
+    @property
+    def is_idle(self) -> bool:
+        """No transfer will end, so no event is to come."""
+        return not self._live and not self._quarantine
 
     @property
     def num_quarantined(self) -> int:

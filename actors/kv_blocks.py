@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -120,12 +121,15 @@ class BlockManager:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._pools: dict[KVLayout, BlockPool] = {}
+        self._pools: dict[KVLayout, BlockPool] = {}  # replaced, never changed: a model is added while the engine thread counts
+        self._lock = threading.Lock()
 
     def pool(self, layout: KVLayout) -> BlockPool:
-        """Raises ConfigError when the arena's slabs are too small for the layout's blocks."""
+        """From any thread; all else is the engine's. Raises ConfigError when the arena's slabs are too small for the layout's blocks."""
         if layout not in self._pools:
-            self._pools[layout] = BlockPool(self._arena, layout)
+            with self._lock:
+                if layout not in self._pools:
+                    self._pools = {**self._pools, layout: BlockPool(self._arena, layout)}
         return self._pools[layout]
 
     @property

@@ -69,13 +69,13 @@ class PrefillRole:
     def accept(self, command: Prefill, order: OrderRef) -> None:
         """Take an order in. One that cannot be served fails at once, to the decode worker, which tells the client."""
         try:
-            if command.sequence_id in self._jobs:
-                raise PolymuxError(f"sequence {command.sequence_id} is already being prefilled here")
             spec = self._engine.spec(command.model)
             self._source.accept(order, spec.kv)
         except PolymuxError as error:
             self._source.fail(order, error)
             return
+        if (older := self._jobs.get(command.sequence_id)) is not None:  # its decode worker was given up, and does not know it yet
+            self._fail(older, Cancelled(f"sequence {command.sequence_id} was ordered anew"))
         self._num_accepted += 1
         self._jobs[command.sequence_id] = Job(
             order=order,
@@ -106,7 +106,6 @@ class PrefillRole:
     def step(self) -> bool:
         """Run one forward pass of the policy's choice; False when nothing waits that could run."""
         self._expire()
-        ready = [job for job in self._jobs.values() if self._has_blocks(job)]
         view = PrefillView(
             now_s=self._engine.clock(),
             active=self._engine.residency.active,
@@ -118,7 +117,7 @@ class PrefillRole:
                     num_tokens=job.num_tokens,
                     num_done=job.num_done,
                 )
-                for job in ready
+                for job in self._ready()
             ),
             max_num_batched_tokens=self._engine.settings.max_num_batched_tokens,
         )
@@ -134,14 +133,18 @@ class PrefillRole:
                     self._fail(job, error)
         return True
 
-    def _has_blocks(self, job: Job) -> bool:
-        """Take the whole prompt's blocks before its first chunk, so that no two half-done prompts wait for each other."""
-        if not job.block_ids:
-            try:
-                job.block_ids = self._engine.pool(job.spec.model).allocate(job.spec.kv.num_blocks(job.num_tokens))
-            except NoFreeBlocks:
-                return False
-        return True
+    def _ready(self) -> list[Job]:
+        """Those that hold blocks, which are taken in line: a prompt that lacks some is overtaken by nobody, or short ones would starve it.
+
+        A prompt takes all its blocks before its first chunk, so that no two half-done ones wait for each other.
+        """
+        for job in self._jobs.values():
+            if not job.block_ids:
+                try:
+                    job.block_ids = self._engine.pool(job.spec.model).allocate(job.spec.kv.num_blocks(job.num_tokens))
+                except NoFreeBlocks:
+                    break
+        return [job for job in self._jobs.values() if job.block_ids]
 
     def _run(self, step: PrefillStep, jobs: list[Job]) -> None:
         switch = self._engine.activate(step.model, wanted={job.spec.model for job in self._jobs.values()})

@@ -23,7 +23,7 @@ from polymux.actors.store_client import StoreClient
 from polymux.actors.updates import failure
 from polymux.disagg.multiplex import turn_policy
 from polymux.disagg.prefill import prefill_policy
-from polymux.transport.errors import Overloaded, PolymuxError
+from polymux.transport.errors import Overloaded, PolymuxError, WorkerLost
 from polymux.transport.kv import KVEvent, KVSettings, KVSink, KVSource, OrderRef
 from polymux.transport.messages import Cancel, Generate, ModelLoad, ModelSpec, Peer, Prefill, Role, WorkerHello, WorkerReport
 from polymux.transport.region import Region, this_host
@@ -182,11 +182,19 @@ class Worker:
             self._role.client_lost(client_id)
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            self._beat_s = self._engine.clock()
-            if not self._turn() and not self._mailbox.wait(self._pause_s()) and not self._probe():
-                log.error("worker.probe_failed worker=%s", self.settings.worker_id)
-                return  # the beat stops: the controller takes this worker out
+        """Until `stop`, or an engine that no longer computes: `report` then says that this worker is lost, and another takes its place."""
+        try:
+            while not self._stopping.is_set():
+                self._beat_s = self._engine.clock()
+                if not self._turn() and not self._rest() and not self._probe():
+                    log.error("worker.probe_failed worker=%s", self.settings.worker_id)
+                    return
+        except Exception:
+            log.exception("worker.engine_died worker=%s", self.settings.worker_id)
+
+    def _rest(self) -> bool:
+        """Wait for what comes. True when something did; a stop whose wake-up was drained with the rest counts."""
+        return self._stopping.is_set() or self._mailbox.wait(self._pause_s())
 
     def _turn(self) -> bool:
         """Take in what came, and step once. False when there was nothing to step."""
@@ -225,7 +233,13 @@ class Worker:
     # -- reports ------------------------------------------------------------------------------------------------------
 
     def report(self) -> WorkerReport:
-        """What the controller is told. Safe from any thread: it reads what the engine thread last published, and how old its beat is."""
+        """What the controller is told. Safe from any thread: it reads what the engine thread last published, and how old its beat is.
+
+        Raises WorkerLost when that thread has ended by itself.
+        """
+        has_started = self._thread.ident is not None
+        if has_started and not self._thread.is_alive() and not self._stopping.is_set():
+            raise WorkerLost(f"the engine thread of worker {self.settings.worker_id} has ended; its log says why")
         loads, active, free_bytes, blocks_out, num_open = self._published
         age_s = self._engine.clock() - self._beat_s
         is_idle = num_open == 0 and age_s < 2 * self.settings.probe_interval_s

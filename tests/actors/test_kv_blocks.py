@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from polymux.actors.arena import Arena, Span
-from polymux.actors.kv_blocks import BlockManager
+from polymux.actors.kv_blocks import BlockManager, BlockPool
 from polymux.transport.errors import ConfigError, NoFreeBlocks, OutOfMemory
 from polymux.transport.messages import KVLayout
 from polymux.transport.region import Region
@@ -152,3 +152,16 @@ class ArenaMachine(RuleBasedStateMachine):
 
 TestArena = ArenaMachine.TestCase
 TestArena.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_a_model_may_be_added_while_the_engine_thread_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = BlockManager(make_arena())
+    manager.pool(SMALL)
+
+    def count(pool: BlockPool) -> int:
+        manager.pool(ODD)  # another thread, at the worst moment
+        return len(pool._out)
+
+    monkeypatch.setattr(BlockPool, "num_out", property(count))
+    assert manager.num_out == 0
+    assert manager.pool(ODD) is manager.pool(ODD)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from polymux.actors.arena import Arena
+from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.weight_store import ModelSource, WeightStore
+from polymux.actors.weights.image import ImageManifest
 from polymux.actors.weights.residency import Residency
-from polymux.transport.errors import CheckpointError, ModelNotFound, OutOfMemory
+from polymux.transport.errors import CheckpointError, ConfigError, ModelNotFound, OutOfMemory
 from polymux.transport.messages import ModelSpec
 from polymux.transport.region import Region
 from polymux.transport.units import KIB, MIB, ModelName
@@ -134,3 +136,41 @@ def test_an_image_that_can_never_fit_the_store_is_refused(store: WeightStore) ->
         register(tiny, SMALL)
     with pytest.raises(ModelNotFound):
         tiny.open(SMALL)
+
+
+def test_the_model_that_a_failed_switch_brought_back_still_computes(store: WeightStore) -> None:
+    large, small = register(store, LARGE, SMALL)
+
+    class LosesLarge(DirectSource):
+        def fetch(self, model: ModelName) -> OpenImage:
+            self.damage = model == LARGE
+            return super().fetch(model)
+
+    reserve = -(-large.weight_bytes // MIB) * MIB
+    settings = EngineSettings(weight_reserve_bytes=reserve, slab_bytes=128 * KIB)
+    engine = Engine(Region.create(reserve + 32 * MIB), settings, LosesLarge(store))
+    for spec in (replace(large, max_model_len=64), replace(small, max_model_len=64)):
+        engine.add_model(spec)
+    engine.activate(SMALL)
+    with pytest.raises(CheckpointError):
+        engine.activate(LARGE)
+    engine.activate(SMALL)
+    assert engine.residency.active == SMALL and engine.probe()
+
+
+def test_a_name_registered_again_keeps_one_image(store: WeightStore) -> None:
+    (first,) = register(store, SMALL)
+    again = store.register(ModelSource(model=SMALL, path=str(MODELS / SMALL), dtype="float32", ttft_slo_s=3.0))
+    assert again.digest == first.digest and again.ttft_slo_s == 3.0
+    assert store.used_bytes == first.weight_bytes
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    register(store, SMALL)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_other_weights_under_a_name_in_use_are_refused(store: WeightStore) -> None:
+    (first,) = register(store, SMALL)
+    with pytest.raises(ConfigError, match="another name"):
+        store.register(ModelSource(model=SMALL, path=str(MODELS / OTHER), dtype="float32"))
+    with DirectSource(store).fetch(SMALL) as image:
+        assert ImageManifest.from_bytes(image.manifest).digest == first.digest

@@ -16,6 +16,8 @@ from polymux.actors.engine import EngineSettings
 from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import Worker, WorkerSettings
+from polymux.transport.errors import WorkerLost
+from polymux.transport.kv import KVSettings
 from polymux.transport.link import WorkerLink
 from polymux.transport.messages import Cancel, FinishReason, Generate, ModelSpec, Peer, Role, SamplingParams, SequenceUpdate
 from polymux.transport.region import this_host
@@ -30,7 +32,8 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 class Pair:
     """Two workers, a store, and a client that collects tokens."""
 
-    def __init__(self, *, decode_kv_bytes: int, batch_invariant: bool) -> None:
+    def __init__(self, *, decode_kv_bytes: int, batch_invariant: bool, kv: KVSettings) -> None:
+        self._kv = kv
         torch.set_num_threads(1)
         self.store = StoreServer(budget_bytes=64 * MIB, layout="auto", token=TOKEN)
         self.specs = {
@@ -55,6 +58,7 @@ class Pair:
                 token=TOKEN,
                 store_address=self.store.address,
                 policy="grouped_fcfs" if role is Role.PREFILL else "wrr",
+                kv=self._kv,
             )
         )
         hello = worker.start()
@@ -133,8 +137,10 @@ class Pair:
 
 
 @asynccontextmanager
-async def running_pair(*, decode_kv_bytes: int = 16 * MIB, batch_invariant: bool = False) -> AsyncIterator[Pair]:
-    pair = Pair(decode_kv_bytes=decode_kv_bytes, batch_invariant=batch_invariant)
+async def running_pair(
+    *, decode_kv_bytes: int = 16 * MIB, batch_invariant: bool = False, kv: KVSettings | None = None
+) -> AsyncIterator[Pair]:
+    pair = Pair(decode_kv_bytes=decode_kv_bytes, batch_invariant=batch_invariant, kv=kv or KVSettings())
     readers = await pair.connect()
     try:
         yield pair
@@ -235,3 +241,56 @@ async def test_a_dead_prefill_worker_ends_its_sequences_and_frees_their_blocks()
         assert any(last.error is not None for _, last in results)
         await pair.until(lambda: pair.decode._engine.blocks.num_out == 0)
         pair.prefill._engine.blocks._pools.clear()  # stopped with its arena
+
+
+@pytest.mark.parametrize("prompt_len", [1, 15, 16, 17, 32, 190, 191])
+async def test_a_sequence_may_fill_its_model_to_the_last_token(prompt_len: int) -> None:
+    async with running_pair() as pair:
+        spec = pair.specs[NAMES[0]]
+        max_tokens = min(spec.max_model_len - prompt_len, 20)
+        sequence_id = await pair.send(spec, prompt_of(spec, prompt_len), replace(GREEDY, max_tokens=max_tokens + (prompt_len == 190)))
+        tokens, last = await pair.collect(sequence_id)
+        assert len(tokens) == max_tokens and last.finish_reason is FinishReason.LENGTH
+
+
+async def test_a_prompt_that_leaves_no_room_for_output_is_refused_and_delays_nobody() -> None:
+    async with running_pair() as pair:
+        spec = pair.specs[NAMES[0]]
+        too_long = await pair.send(spec, prompt_of(spec, spec.max_model_len), GREEDY)
+        assert len(await pair.generate(spec, prompt_of(spec, 9))) == GREEDY.max_tokens
+        _, last = await pair.collect(too_long)
+        assert last.error is not None and last.error.name == "ContextLengthExceeded" and str(spec.max_model_len) in last.error.message
+
+
+async def test_sequences_beyond_the_transfers_of_an_edge_wait() -> None:
+    async with running_pair(kv=KVSettings(max_transfers=2)) as pair:
+        asks = [(spec, prompt_of(spec, 40, salt)) for salt in range(6) for spec in pair.specs.values()]
+        assert all(len(tokens) == GREEDY.max_tokens for tokens in await asyncio.gather(*(pair.generate(*ask) for ask in asks)))
+
+
+async def test_a_worker_whose_engine_has_ended_says_that_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_pair() as pair:
+        pair.decode.report()
+
+        def broken() -> None:
+            raise RuntimeError("a mistake outside of any step")
+
+        monkeypatch.setattr(pair.decode, "_publish", broken)
+        pair.decode._mailbox.wake()
+        await pair.until(lambda: not pair.decode._thread.is_alive())
+        with pytest.raises(WorkerLost, match="engine thread"):
+            pair.decode.report()
+
+
+async def test_a_stop_that_comes_while_the_mailbox_is_emptied_does_not_wait_for_the_next_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_pair() as pair:
+        worker, drain = pair.decode, pair.decode._mailbox.drain
+
+        def drain_late() -> list[Callable[[], None]]:
+            worker._stopping.set()
+            worker._mailbox.wake()
+            return drain()
+
+        monkeypatch.setattr(worker._mailbox, "drain", drain_late)
+        worker._mailbox.wake()
+        await pair.until(lambda: not worker._thread.is_alive(), deadline_s=3.0)
