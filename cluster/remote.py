@@ -65,14 +65,16 @@ class RayHandle:
                 await call(self.actor.stop.remote())
         except (PolymuxError, RayTaskError, TimeoutError) as error:
             logging.getLogger("polymux.remote").warning("worker.stop_failed reason=%s", error or "no answer")
-        ray.kill(self.actor)
+        finally:
+            ray.kill(self.actor)
 
 
 class RayLauncher:
     """Worker actors where Ray places them, and one weight store on each node that has a worker."""
 
     def __init__(self) -> None:
-        self._stores: dict[str, Any] = {}  # by node id
+        self._stores: dict[str, Any] = {}  # by node id; each knows every model of `_sources`
+        self._lock = asyncio.Lock()  # a store that comes up and a model that is added must not miss each other
         self._sources: dict[ModelName, ModelSource] = {}
         self._store_arguments: tuple[int | None, str, str] = (None, "auto", "")
 
@@ -82,26 +84,34 @@ class RayLauncher:
         await self._store(str(ray.get_runtime_context().get_node_id()))
 
     async def _store(self, node_id: str) -> Any:
-        if node_id not in self._stores:
-            budget_bytes, layout, token = self._store_arguments
-            on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            options = {"num_cpus": 0, "max_concurrency": ACTOR_THREADS, "scheduling_strategy": on_node}
-            store = ray.remote(StoreActor).options(**options).remote(budget_bytes or host_memory_bytes() // 2, layout, token)
-            self._stores[node_id] = store
-            for source in self._sources.values():
-                await call(store.register.remote(source))
-        return self._stores[node_id]
+        async with self._lock:
+            if node_id not in self._stores:
+                budget_bytes, layout, token = self._store_arguments
+                on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+                options = {"num_cpus": 0, "max_concurrency": ACTOR_THREADS, "scheduling_strategy": on_node}
+                store = ray.remote(StoreActor).options(**options).remote(budget_bytes or host_memory_bytes() // 2, layout, token)
+                for source in self._sources.values():
+                    await call(store.register.remote(source))
+                self._stores[node_id] = store
+            return self._stores[node_id]
 
     async def register(self, source: ModelSource) -> ModelSpec:
-        specs: list[ModelSpec] = await asyncio.gather(*(call(store.register.remote(source)) for store in self._stores.values()))
-        if len({spec.digest for spec in specs}) > 1:
-            raise PolymuxError(f"models.{source.model}: {source.path} holds different weights on different nodes; copy the same to all")
-        self._sources[source.model] = source
-        return specs[0]
+        async with self._lock:
+            answers = (call(store.register.remote(source)) for store in self._stores.values())
+            specs: list[ModelSpec | BaseException] = await asyncio.gather(*answers, return_exceptions=True)  # no store is still at it
+            for spec in specs:
+                if isinstance(spec, BaseException):
+                    raise spec
+            described = [spec for spec in specs if isinstance(spec, ModelSpec)]
+            if len({spec.digest for spec in described}) > 1:
+                raise PolymuxError(f"models.{source.model}: {source.path} holds different weights on different nodes; copy the same to all")
+            self._sources[source.model] = source
+            return described[0]
 
     async def forget(self, model: ModelName) -> None:
-        self._sources.pop(model, None)
-        await asyncio.gather(*(call(store.forget.remote(model)) for store in self._stores.values()))
+        async with self._lock:
+            self._sources.pop(model, None)
+            await asyncio.gather(*(call(store.forget.remote(model)) for store in self._stores.values()))
 
     async def launch(self, role: Role, config: ClusterConfig) -> WorkerHandle:
         pool = config.pools.prefill if role is Role.PREFILL else config.pools.decode
@@ -140,13 +150,20 @@ class ControllerActor:
         logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(message)s")
         self._supervisor = Supervisor(config, RayLauncher())
         self._starting: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Bring everything up. Called by several front doors at once: they wait for the same start, and see the same error."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._supervisor.start())
-            self._leaving = asyncio.create_task(self._exit_when_stopped())
+            self._leave()
         await asyncio.shield(self._starting)
+        if self._supervisor.is_stopping:
+            raise WorkerLost("this controller has stopped, and its name is free in a second; try again")
+
+    def _leave(self) -> None:
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._exit_when_stopped())
 
     async def _exit_when_stopped(self) -> None:
         """A controller without workers has nothing left to do; its name becomes free for the next."""
@@ -155,6 +172,7 @@ class ControllerActor:
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
     async def stop(self) -> None:
+        self._leave()
         await self._supervisor.stop()
 
     async def config(self) -> ClusterConfig:

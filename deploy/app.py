@@ -132,14 +132,32 @@ def start_serving(config: ClusterConfig, *, log_level: str = "WARNING") -> str:
         with bind(config.serve.host, config.serve.port, is_shared=False) as probe:  # before anything is started for nothing
             serve_config = config.serve.model_copy(update={"port": probe.getsockname()[1]})
         config = config.model_copy(update={"serve": serve_config})
+    is_ours = find_controller(config) is None
     actor = create_controller(config)
-    asyncio.run(_started(actor))
+    try:
+        asyncio.run(_started(actor))
+        _serve(config, listens=listens, log_level=log_level)
+    except BaseException:
+        if is_ours:  # it is detached: nobody else would end it before `liveness.orphan_timeout_s`
+            _undo(config, actor)
+        raise
+    host = "127.0.0.1" if config.serve.host in ("0.0.0.0", "::") else config.serve.host
+    return f"http://{host}:{config.serve.port}{config.serve.route_prefix.rstrip('/')}"
+
+
+def _serve(config: ClusterConfig, *, listens: bool, log_level: str) -> None:
     http = {"host": config.serve.host, "port": config.serve.port, "request_timeout_s": None}  # deadlines are the front door's
     location = "Disabled" if listens else "EveryNode"
     serve.start(proxy_location=location, http_options=http, logging_config={"log_level": log_level})
     serve.run(application(config, listens=listens), name=config.name, route_prefix=config.serve.route_prefix)
-    host = "127.0.0.1" if config.serve.host in ("0.0.0.0", "::") else config.serve.host
-    return f"http://{host}:{config.serve.port}{config.serve.route_prefix.rstrip('/')}"
+
+
+def _undo(config: ClusterConfig, actor: Any) -> None:
+    """Take down what a start that failed has left. The error that made it fail is the one to show."""
+    with suppress(Exception):
+        serve.delete(config.name)
+    with suppress(Exception):
+        asyncio.run(_stopped(actor))
 
 
 async def _started(actor: Any) -> None:
@@ -162,8 +180,8 @@ def stop_serving(config: ClusterConfig, *, keep_serve: bool = False) -> None:
 async def _stopped(actor: Any) -> None:
     """Returns when the controller's name is free again."""
     async with asyncio.timeout(60.0):
-        await call(actor.stop.remote())
         with suppress(WorkerLost):
+            await call(actor.stop.remote())
             while True:
                 await call(actor.config.remote())
                 await asyncio.sleep(0.1)
