@@ -20,7 +20,7 @@ from polymux.transport.units import SequenceId, WorkerId, pack_ids
 
 log = logging.getLogger("polymux.frontdoor")
 
-READMIT_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # between asking again for the place of a lost worker
+READMIT_PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)  # after each vain round; a worker restarts in a few seconds
 
 
 class Admission(Protocol):
@@ -72,7 +72,7 @@ class Placer:
         self._ask = self._make_ask()
         self._places: dict[int, _Place] = {}
         self._unplaced = set(range(len(choices)))
-        self._num_attempts = [0] * len(choices)
+        self._num_sent = [0] * len(choices)
         self._excluded: set[WorkerId] = set()
         self._lost: set[WorkerLink] = set()
         self._task: asyncio.Task[None] | None = None
@@ -136,16 +136,17 @@ class Placer:
             self._task = self._loop.create_task(self._place(None))
 
     async def _place(self, placement: Placement | None) -> None:
-        """Send every unplaced sequence to workers; those that cannot be reached are asked to be replaced."""
+        """Send every unplaced sequence to workers. Where that fails, ask for others; while none can be had, wait for one to come back."""
         try:
-            while self._unplaced and not self._is_closed:
+            for pause_s in READMIT_PAUSES_S:
                 placement = placement or await self._admit_again()
-                known = frozenset(self._excluded)
-                for index in sorted(self._unplaced):
-                    prefill, decode = placement.prefill[index], placement.decode[index]
-                    if not {prefill.worker_id, decode.worker_id} & (self._excluded - known):  # lost a moment ago, by its neighbours
-                        await self._send(self._choices[index], prefill, decode, placement)
-                placement = None
+                if placement is not None:
+                    await self._send_all(placement)
+                    placement = None
+                if not self._unplaced or self._is_closed:
+                    return
+                await asyncio.sleep(pause_s)
+            self._fail(WorkerLost("no worker could take the request over; try again", retry_after_s=1.0))
         except WireError as error:
             self._fail(RequestTooLarge(f"the prompt is too long to be sent to a worker: {error.message}"))
         except PolymuxError as error:
@@ -154,15 +155,32 @@ class Placer:
             log.exception("request.place_failed request=%s", self._ask.request_id)
             self._fail(PolymuxError("internal error while finding workers"))
 
+    async def _admit_again(self) -> Placement | None:
+        """The same request with its lost workers excluded; None while it is refused."""
+        ask = replace(self._ask, deadline_s=self._remaining_s(), excluded=tuple(sorted(self._excluded)))
+        try:
+            return await self._admission.admit(ask, self._remaining_s())
+        except Refused as error:
+            log.info("request.not_placed request=%s reason=%s", self._ask.request_id, error.message)
+            self._excluded.clear()  # a worker that was restarted under its old name is as good as another
+            return None
+
+    async def _send_all(self, placement: Placement) -> None:
+        known = frozenset(self._excluded)
+        for index in sorted(self._unplaced):
+            prefill, decode = placement.prefill[index], placement.decode[index]
+            if not {prefill.worker_id, decode.worker_id} & (self._excluded - known):  # lost a moment ago, by its neighbours
+                await self._send(self._choices[index], prefill, decode, placement)
+
     async def _send(self, choice: Choice, prefill: Peer, decode: Peer, placement: Placement) -> None:
         """Start one sequence, or its rest. A worker that cannot be reached is excluded, and the sequence stays unplaced."""
-        number = self._num_attempts[choice.index]
-        if number > self._settings.max_replays:
-            raise WorkerLost(f"the request lost its workers {number} times; try again", retry_after_s=1.0)
-        self._num_attempts[choice.index] += 1
         links = [await self._open(peer) for peer in (prefill, decode)]
         if links[0] is None or links[1] is None or self._is_closed:
             return
+        number = self._num_sent[choice.index]
+        if number > self._settings.max_replays:
+            raise WorkerLost(f"the request lost its workers {number} times; try again", retry_after_s=1.0)
+        self._num_sent[choice.index] += 1
         suffix = f".{number}" if number else ""  # a late frame of an earlier attempt must not be taken for this one's
         sequence_id = SequenceId(f"{self._ask.request_id}/{choice.index}{suffix}")
         self._unplaced.discard(choice.index)
@@ -194,19 +212,6 @@ class Placer:
             log.info("request.unreachable request=%s worker=%s reason=%s", self._ask.request_id, peer.worker_id, error)
             self._excluded.add(peer.worker_id)
             return None
-
-    async def _admit_again(self) -> Placement:
-        """The same request with its lost workers excluded; while none can be had, wait a little for one to come back."""
-        refusal: PolymuxError | None = None
-        for pause_s in READMIT_PAUSES_S:
-            ask = replace(self._ask, deadline_s=self._remaining_s(), excluded=tuple(sorted(self._excluded)))
-            try:
-                return await self._admission.admit(ask, self._remaining_s())
-            except Refused as error:
-                refusal = error
-                self._excluded.clear()  # a worker that was restarted under its old name is as good as another
-                await asyncio.sleep(pause_s)
-        raise WorkerLost(f"no worker could take the request over: {refusal}; try again", retry_after_s=1.0)
 
     def _make_ask(self) -> Admit:
         envelope, sequences = self._generation.envelope, self._generation.sequences
