@@ -45,9 +45,7 @@ def test_a_policy_reads_no_clock_and_does_no_io(path: Path) -> None:
 
 
 def test_only_the_shells_import_ray() -> None:
-    importers = {
-        str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == "ray" for name in imported_modules(path))
-    }
+    importers = {str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == "ray" for name in imported_modules(path))}
     assert importers <= set(RAY_FILES)
 
 
