@@ -49,17 +49,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _fused.rotate(x, cos, sin) if x.is_cpu else reference.rotate(x, cos, sin)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _linear.linear(x, weight, bias) if x.is_cpu else reference.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, by_row: bool = False) -> Tensor:
+    """`by_row`, here and below: no row's bits may depend on which row it is, among as many."""
+    return _linear.linear(x, weight, bias, by_row=by_row) if x.is_cpu else reference.linear(x, weight, bias)
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return _linear.linear_add(x, weight, bias, residual) if x.is_cpu else reference.linear_add(x, weight, bias, residual)
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, by_row: bool = False) -> Tensor:
+    if x.is_cpu:
+        return _linear.linear_add(x, weight, bias, residual, by_row=by_row)
+    return reference.linear_add(x, weight, bias, residual)
 
 
-def gated_linear(x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None) -> Tensor:
-    function = _linear.gated_linear if x.is_cpu else reference.gated_linear
-    return function(x, gate, gate_bias, up, up_bias)
+def gated_linear(x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, *, by_row: bool = False) -> Tensor:
+    if x.is_cpu:
+        return _linear.gated_linear(x, gate, gate_bias, up, up_bias, by_row=by_row)
+    return reference.gated_linear(x, gate, gate_bias, up, up_bias)
 
 
 def kv_write(cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: WritePlan) -> None:

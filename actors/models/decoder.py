@@ -96,7 +96,7 @@ class Decoder:
         """q [T, Hq, D] and k [T, Hkv, D], rotated, and v [T, Hkv, D]."""
         config, num_qk = self.config, self._num_qk_heads
         hidden = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        heads = ops.linear(hidden, layer.qkv, layer.qkv_bias).view(x.shape[0], -1, config.head_dim)
+        heads = ops.linear(hidden, layer.qkv, layer.qkv_bias, by_row=self.batch_invariant).view(x.shape[0], -1, config.head_dim)
         qk, v = heads[:, :num_qk], heads[:, num_qk:]
         if layer.head_norms is not None:
             qk = ops.rms_norm(qk, layer.head_norms, config.rms_norm_eps)
@@ -104,13 +104,15 @@ class Decoder:
         return qk[:, : config.num_heads], qk[:, config.num_heads :], v
 
     def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
-        x = ops.linear_add(attended.flatten(1), layer.output, layer.output_bias, x)
+        by_row = self.batch_invariant
+        x = ops.linear_add(attended.flatten(1), layer.output, layer.output_bias, x, by_row=by_row)
         hidden = ops.rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
-        hidden = ops.gated_linear(hidden, layer.gate, layer.gate_bias, layer.up, layer.up_bias)
-        return (ops.linear_add(hidden, layer.down, layer.down_bias, x),)
+        hidden = ops.gated_linear(hidden, layer.gate, layer.gate_bias, layer.up, layer.up_bias, by_row=by_row)
+        return (ops.linear_add(hidden, layer.down, layer.down_bias, x, by_row=by_row),)
 
     def _predict(self, weights: ModelWeights, x: Tensor) -> tuple[Tensor, ...]:
-        return (ops.linear(ops.rms_norm(x, weights.final_norm, self.config.rms_norm_eps), weights.head),)
+        hidden = ops.rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
+        return (ops.linear(hidden, weights.head, by_row=self.batch_invariant),)
 
     def _by_rows(self, function: RowFunction, weights: LayerWeights | ModelWeights, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Apply a row-wise function to all rows at once; under `batch_invariant` to so many at a time, always as many, padded with zeros.

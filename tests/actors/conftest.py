@@ -110,6 +110,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def pack_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack fp32 weights of any size."""
+    monkeypatch.setattr("polymux.kernels.onednn.MIN_PACKED_FP32", 0)
+
+
 @pytest.fixture(scope="session")
 def runner_for() -> Callable[..., Runner]:
     return make_runner

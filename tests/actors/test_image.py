@@ -78,9 +78,9 @@ def test_the_embedding_of_a_packed_head_is_the_table(checkpoint_of: CheckpointOf
 
 
 @packs
-def test_bound_weights_lie_in_the_image(checkpoint_of: CheckpointOf, runner_for: RunnerFor) -> None:
+def test_bound_weights_lie_in_the_image(pack_all: None, checkpoint_of: CheckpointOf, runner_for: RunnerFor) -> None:
     checkpoint = Checkpoint.open(checkpoint_of("llama"))
-    runner = runner_for(checkpoint, "bfloat16")
+    runner = runner_for(checkpoint, "float32")
     weights = bind_weights(checkpoint.config, runner.manifest, runner.weights)
     first, last = runner.weights.data_ptr(), runner.weights.data_ptr() + runner.manifest.nbytes
     for layer in weights.layers:
@@ -152,8 +152,8 @@ def test_weights_of_another_model_are_not_bound(checkpoint_of: CheckpointOf, run
 
 
 @packs
-def test_a_packed_weight_of_the_wrong_size_is_not_bound(checkpoint_of: CheckpointOf, runner_for: RunnerFor) -> None:
-    runner = runner_for(Checkpoint.open(checkpoint_of("llama")), "bfloat16")
+def test_a_packed_weight_of_the_wrong_size_is_not_bound(pack_all: None, checkpoint_of: CheckpointOf, runner_for: RunnerFor) -> None:
+    runner = runner_for(Checkpoint.open(checkpoint_of("llama")), "float32")
     entries = {entry.name: entry for entry in runner.manifest.entries}
     wrong = replace(entries["layers.0.down"], metadata=entries["layers.0.up"].metadata, nbytes=entries["layers.0.down"].nbytes + 64)
     manifest = replace(runner.manifest, entries=tuple((entries | {"layers.0.down": wrong}).values()))

@@ -118,10 +118,10 @@ def schedule(data: st.DataObject) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("layout", ["auto", "plain"])
+@pytest.mark.parametrize("layout", ["onednn", "plain"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_batch_invariant_logits_ignore_neighbours_order_chunks_and_blocks_to_the_bit(
-    dtype: str, layout: str, num_threads: int, checkpoint_of: CheckpointOf, runner_for: RunnerFor
+    dtype: str, layout: str, num_threads: int, pack_all: None, checkpoint_of: CheckpointOf, runner_for: RunnerFor
 ) -> None:
     torch.set_num_threads(num_threads)
     name = NAMES[num_threads - 1]

@@ -61,10 +61,10 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("layout", ["auto", "plain"])
+@pytest.mark.parametrize("layout", ["onednn", "plain"])
 @pytest.mark.parametrize("name", NAMES)
 def test_fp32_logits_are_transformers_in_one_prefill_in_chunks_and_token_by_token(
-    name: str, layout: str, checkpoint_of: CheckpointOf, runner_for: RunnerFor
+    name: str, layout: str, pack_all: None, checkpoint_of: CheckpointOf, runner_for: RunnerFor
 ) -> None:
     path, ids = checkpoint_of(name), token_ids(LENGTH)
     expected = reference_logits(path, "float32", ids)

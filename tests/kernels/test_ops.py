@@ -78,6 +78,24 @@ def test_products(with_bias: bool, num_rows: int, layout: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["plain", "onednn"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_by_row_a_row_has_the_same_bits_wherever_it_lies(num_threads: int, layout: str, dtype: torch.dtype) -> None:
+    torch.set_num_threads(num_threads)
+    _, (w, gate, up), _alive = weights(layout, (48, 100), (515, 100), (515, 100), dtype=dtype)
+    row, residual, bias = (torch.randn(size).to(dtype) for size in (100, 48, 48))
+    seen: dict[str, list[Tensor]] = {"linear": [], "add": [], "gated": []}
+    for place in range(16):
+        x, other = torch.randn(16, 100).to(dtype), torch.randn(16, 48).to(dtype)
+        x[place], other[place] = row, residual
+        seen["linear"].append(ops.linear(x, w, bias, by_row=True)[place])
+        seen["add"].append(ops.linear_add(x, w, bias, other, by_row=True)[place])
+        seen["gated"].append(ops.gated_linear(x, gate, None, up, None, by_row=True)[place])
+    for name, rows in seen.items():
+        assert all(torch.equal(found, rows[0]) for found in rows), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 64), (515, 100), (96, 33)])
 def test_single_rows_are_read_out_of_a_packed_table(shape: tuple[int, int], dtype: torch.dtype) -> None:
     if not onednn.is_available(dtype):
