@@ -32,9 +32,13 @@ class Packed:
     owner: Tensor
 
 
-def pack(weight: Tensor) -> Packed:
-    """Reorder a dense weight [out, in] into the layout that this CPU multiplies fastest. Holds both copies while it runs."""
-    packed = _mkldnn._reorder_linear_weight(weight.contiguous(), None)
+def pack(weight: Tensor, *, for_few_rows: bool = False) -> Packed:
+    """Reorder a dense weight [out, in] into the layout that this CPU multiplies fastest. Holds both copies while it runs.
+
+    `for_few_rows` may choose one that streams faster at up to 16 rows (a tenth, in bf16 with AMX) and multiplies many rows slower.
+    """
+    hint = 1 if for_few_rows and weight.dtype != torch.float32 else None
+    packed = _mkldnn._reorder_linear_weight(weight.contiguous(), hint)
     nbytes = _mkldnn._nbytes(packed)
     memory = memoryview((ctypes.c_char * nbytes).from_address(_mkldnn.data_ptr(packed))).cast("B")
     return Packed(memory, bytes(_mkldnn._get_mkldnn_serialized_md(packed).tolist()), packed)

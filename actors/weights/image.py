@@ -163,7 +163,7 @@ class _Writer:
             if part.name == HEAD and self.checkpoint.config.tie_word_embeddings:
                 self._alias(self.entries[-1], "plain", tuple(tensor.shape))
             return
-        packed = onednn.pack(tensor)
+        packed = onednn.pack(tensor, for_few_rows=part.name == HEAD)
         self._append(part.name, tensor, "onednn", packed.memory, packed.metadata)
         if part.name == HEAD and self.checkpoint.config.tie_word_embeddings:
             head = self.entries[-1]
