@@ -28,6 +28,7 @@ log = logging.getLogger("polymux.supervisor")
 BOOT_S = 120.0  # for a worker's process to come up
 CALL_S = 30.0  # for any other call to a worker
 STORE_S = 600.0  # for a node's store, which packs every model before its first worker starts
+IDLE_AFTER = 10  # report intervals without work
 MAX_RESTARTS = 5  # of one worker within RESTART_WINDOW_S; then it stays down
 RESTART_WINDOW_S = 300.0
 
@@ -86,6 +87,7 @@ class Supervisor:
         self._adding = asyncio.Lock()
         self._serving_since_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._busy_s = clock()
         self._ending: asyncio.Task[None] | None = None
         self.stopped = asyncio.Event()
 
@@ -198,7 +200,14 @@ class Supervisor:
                 log.exception("supervisor.watch_failed")
             if self._ending is not None:
                 return
-            await asyncio.sleep(self.config.liveness.report_interval_s)
+            await asyncio.sleep(self._pause_s())
+
+    def _pause_s(self) -> float:
+        """One report interval; two once nothing has run for a while, since polls are most of what an idle cluster costs."""
+        interval_s, stats = self.config.liveness.report_interval_s, self.controller.stats()
+        if stats.num_inflight or stats.num_blocks_out:
+            self._busy_s = self._clock()
+        return interval_s if self._clock() - self._busy_s < IDLE_AFTER * interval_s else 2 * interval_s
 
     async def _look(self) -> None:
         await asyncio.gather(*(self._poll(member) for member in self._members))
