@@ -6,10 +6,11 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 
+from polymux.actors.timeline import Timeline
 from polymux.actors.weights.residency import Switch
 from polymux.disagg.cost import Fit, Roofline, decode_features, guess_decode, guess_prefill, guess_switch, prefill_features, switch_features
 from polymux.transport.kv import EdgeStats
-from polymux.transport.messages import ModelCost, ModelSpec
+from polymux.transport.messages import ModelCost, ModelSpec, SpanKind
 from polymux.transport.units import ModelName
 
 EAGER_OBSERVATIONS = 64  # of one cost; after them every `SPARSE`-th step is enough to follow it
@@ -30,9 +31,10 @@ class _Cost:
 
 
 class Meter:
-    """Written by the engine thread, read by the reporting one."""
+    """Written by the engine thread, read by the reporting one. What it is told has just ended: its spans end now."""
 
-    def __init__(self, device: Roofline | None = None) -> None:
+    def __init__(self, device: Roofline | None = None, timeline: Timeline | None = None) -> None:
+        self.timeline = timeline or Timeline()
         self._device = device or Roofline()
         self._prefill: dict[ModelName, _Cost] = {}
         self._decode: dict[ModelName, _Cost] = {}
@@ -60,11 +62,16 @@ class Meter:
     def prefilled(self, model: ModelName, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
         """One prefill step over (tokens already cached, tokens computed) of each chunk."""
         self._prefill[model].observe(prefill_features(chunks), seconds)
-        self._add(prompt_tokens=sum(tokens for _, tokens in chunks), prefill_steps=1, prefill_seconds=seconds)
+        num_tokens = sum(tokens for _, tokens in chunks)
+        self._add(prompt_tokens=num_tokens, prefill_steps=1, prefill_seconds=seconds)
+        now_s = self.timeline.clock()
+        self.timeline.add(SpanKind.PREFILL, model, now_s - seconds, now_s, num_seqs=len(chunks), num_tokens=num_tokens)
 
     def decoded(self, model: ModelName, num_seqs: int, kv_tokens: int, seconds: float) -> None:
         self._decode[model].observe(decode_features(num_seqs, kv_tokens), seconds)
         self._add(generation_tokens=num_seqs, decode_steps=1, decode_seconds=seconds)
+        now_s = self.timeline.clock()
+        self.timeline.add(SpanKind.DECODE, model, now_s - seconds, now_s, num_seqs=num_seqs, num_tokens=num_seqs)
 
     def sampled_first(self, num_seqs: int) -> None:
         """First tokens, which a prefill step makes."""
@@ -80,6 +87,9 @@ class Meter:
             model_switch_bytes=switch.nbytes,
             model_evictions=len(switch.evicted),
         )
+        now_s = self.timeline.clock()
+        self.timeline.add(SpanKind.SWITCH, switch.target, now_s - switch.seconds, now_s, nbytes=switch.nbytes)
+        self.timeline.activated(switch.target, now_s)
 
     def preempted(self) -> None:
         self._add(preemptions=1)

@@ -248,6 +248,51 @@ class WorkerReport:
     counters: tuple[tuple[str, float], ...] = ()  # telemetry, by metric name
 
 
+class SpanKind(enum.StrEnum):
+    """What a worker spends its time on; `ACTIVE` is the model that holds it, whatever it does meanwhile."""
+
+    ACTIVE = "active"
+    SWITCH = "switch"
+    PREFETCH = "prefetch"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    KV_IN = "kv_in"
+    KV_OUT = "kv_out"
+    SWAP_IN = "swap_in"
+    SWAP_OUT = "swap_out"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One stretch of a worker's time. In a message both times are seconds before it was made: `began_s` is the larger one."""
+
+    kind: SpanKind
+    model: ModelName
+    began_s: float
+    ended_s: float
+    nbytes: int = 0
+    num_seqs: int = 0  # the most at once, where steps were merged
+    num_tokens: int = 0
+    num_steps: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookBack:
+    """Somebody looks at the timeline: what ended within the last seconds, the newest so many spans of each worker."""
+
+    within_s: float
+    max_spans: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerTimeline:
+    """A worker's answer to a look back. The spans' times are seconds before it was made."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    spans: tuple[Span, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHello:
     """A new worker joins the pool; or, with an epoch, one that outlived its controller asks to go on as the incarnation that it is."""
