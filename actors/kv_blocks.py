@@ -1,6 +1,6 @@
-"""KV block manager: blocks of several shapes cut from slabs of one arena.
+"""KV block manager: blocks of several shapes cut from the slabs of one memory, an arena or the node's host tier.
 
-Block `i` of a layout lies at byte `i * block_bytes` of the arena, so one tensor view of the whole arena serves every block of that
+Block `i` of a layout lies at byte `i * block_bytes` of that memory, so one tensor view of the whole serves every block of that
 layout; a slab brings those ids that lie wholly inside it. Ids are never shared between owners, and an idle manager has none out.
 """
 
@@ -10,55 +10,85 @@ import heapq
 import math
 import threading
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from polymux.actors.arena import Arena
 from polymux.transport.errors import ConfigError, NoFreeBlocks
 from polymux.transport.messages import KVLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class SlabSource(Protocol):
+    """One memory that is cut into slabs of equal size, whole ones of which are lent to the pools over it."""
+
+    @property
+    def memory(self) -> Tensor:
+        """All of it, uint8 [nbytes]."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def slab_bytes(self) -> int: ...
+
+    def take_slab(self) -> int | None:
+        """A free slab's number; None when there is none, which may change at any time."""
+
+    def return_slab(self, slab: int) -> None: ...
+
+    @property
+    def num_free_slabs(self) -> int:
+        """How many `take_slab` would give now."""
+
+    @property
+    def max_kv_slabs(self) -> int:
+        """How many it could give at best: the bound on what can ever fit."""
+
+    def check(self) -> None:
+        """Assert that its books are whole."""
+
+
 class BlockPool:
     """The blocks of one layout. Lowest ids first, so that neighbours in a sequence tend to be neighbours in memory."""
 
-    def __init__(self, arena: Arena, layout: KVLayout) -> None:
-        if layout.block_bytes * 2 > arena.slab_bytes:
+    def __init__(self, source: SlabSource, layout: KVLayout) -> None:
+        if layout.block_bytes * 2 > source.slab_bytes:
             raise ConfigError(
                 f"a KV block of {layout.block_bytes} bytes needs slabs of at least {2 * layout.block_bytes}, "
-                f"and this arena's are {arena.slab_bytes}; raise arena_bytes or engine.slab_bytes"
+                f"and these are {source.slab_bytes}; raise arena_bytes or engine.slab_bytes"
             )
         self.layout = layout
-        self._arena = arena
+        self._source = source
         self._free: list[int] = []  # a heap
         self._used_in: dict[int, int] = {}  # slab -> blocks out
         self._out: set[int] = set()
 
     @property
     def kv(self) -> Tensor:
-        """`[N, layer, 2, kv_head, slot, head_dim]`, a view of the whole arena; only the ids handed out may be touched."""
-        layout, arena = self.layout, self._arena
-        num_blocks = arena.nbytes // layout.block_bytes
-        flat = arena.memory[: num_blocks * layout.block_bytes].view(TORCH_DTYPES[layout.dtype])
+        """`[N, layer, 2, kv_head, slot, head_dim]`, a view of the whole memory; only the ids handed out may be touched."""
+        layout, source = self.layout, self._source
+        num_blocks = source.nbytes // layout.block_bytes
+        flat = source.memory[: num_blocks * layout.block_bytes].view(TORCH_DTYPES[layout.dtype])
         return flat.view(num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
 
     def ids_of(self, slab: int) -> range:
         """The block ids wholly inside a slab."""
-        size, block = self._arena.slab_bytes, self.layout.block_bytes
+        size, block = self._source.slab_bytes, self.layout.block_bytes
         return range(-(-slab * size // block), (slab + 1) * size // block)
 
     @property
     def blocks_per_slab(self) -> int:
         """At least this many: a slab begins at a multiple of the gcd, so its first whole block is at most `block - gcd` bytes in."""
-        slab, block = self._arena.slab_bytes, self.layout.block_bytes
+        slab, block = self._source.slab_bytes, self.layout.block_bytes
         return (slab - block + math.gcd(slab, block)) // block
 
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can give at this moment, free slabs counted at their least."""
-        return len(self._free) + self._arena.num_free_slabs * self.blocks_per_slab
+        return len(self._free) + self._source.num_free_slabs * self.blocks_per_slab
 
     @property
     def num_out(self) -> int:
@@ -66,13 +96,13 @@ class BlockPool:
 
     @property
     def max_blocks(self) -> int:
-        """What the arena can hold of this layout when no other model uses it."""
-        return self._arena.max_kv_slabs * self.blocks_per_slab
+        """What the memory can hold of this layout when no other model uses it."""
+        return self._source.max_kv_slabs * self.blocks_per_slab
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Take `num_blocks` ids, all or none. Raises NoFreeBlocks."""
         while len(self._free) < num_blocks:
-            slab = self._arena.take_slab()
+            slab = self._source.take_slab()
             if slab is None:
                 self._return_empty_slabs()
                 raise NoFreeBlocks(f"{num_blocks} KV blocks wanted, {len(self._free)} free; a sequence must end first")
@@ -86,7 +116,7 @@ class BlockPool:
         return ids
 
     def free(self, ids: Iterable[int]) -> None:
-        """Give ids back; slabs that become empty return to the arena. Raises KeyError for an id that is not out."""
+        """Give ids back; slabs that become empty return to where they came from. Raises KeyError for an id that is not out."""
         for block_id in ids:
             self._out.remove(block_id)
             self._used_in[self._slab_of(block_id)] -= 1
@@ -94,7 +124,7 @@ class BlockPool:
         self._return_empty_slabs()
 
     def _slab_of(self, block_id: int) -> int:
-        return block_id * self.layout.block_bytes // self._arena.slab_bytes
+        return block_id * self.layout.block_bytes // self._source.slab_bytes
 
     def _return_empty_slabs(self) -> None:
         empty = [slab for slab, used in self._used_in.items() if used == 0]
@@ -105,7 +135,7 @@ class BlockPool:
         heapq.heapify(self._free)
         for slab in empty:
             del self._used_in[slab]
-            self._arena.return_slab(slab)
+            self._source.return_slab(slab)
 
     def check(self) -> None:
         """Assert that every id of every held slab is either free or out, and counted once."""
@@ -117,19 +147,19 @@ class BlockPool:
 
 
 class BlockManager:
-    """One pool per layout over one arena: models of equal layout share one."""
+    """One pool per layout over one memory: models of equal layout share one."""
 
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
+    def __init__(self, source: SlabSource) -> None:
+        self._source = source
         self._pools: dict[KVLayout, BlockPool] = {}  # replaced, never changed: a model is added while the engine thread counts
         self._lock = threading.Lock()
 
     def pool(self, layout: KVLayout) -> BlockPool:
-        """From any thread; all else is the engine's. Raises ConfigError when the arena's slabs are too small for the layout's blocks."""
+        """From any thread; all else is the engine's. Raises ConfigError when its slabs are too small for the layout's blocks."""
         if layout not in self._pools:
             with self._lock:
                 if layout not in self._pools:
-                    self._pools = {**self._pools, layout: BlockPool(self._arena, layout)}
+                    self._pools = {**self._pools, layout: BlockPool(self._source, layout)}
         return self._pools[layout]
 
     @property
@@ -138,12 +168,11 @@ class BlockManager:
 
     @property
     def num_free_bytes(self) -> int:
-        held = sum(
-            (pool.num_free - self._arena.num_free_slabs * pool.blocks_per_slab) * layout.block_bytes for layout, pool in self._pools.items()
-        )
-        return held + self._arena.num_free_slabs * self._arena.slab_bytes
+        num_slabs = self._source.num_free_slabs
+        held = sum((pool.num_free - num_slabs * pool.blocks_per_slab) * layout.block_bytes for layout, pool in self._pools.items())
+        return held + num_slabs * self._source.slab_bytes
 
     def check(self) -> None:
-        self._arena.check()
+        self._source.check()
         for pool in self._pools.values():
             pool.check()
