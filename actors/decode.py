@@ -86,7 +86,8 @@ class DecodeRole:
             self._engine.pool(sequence.spec.model).free(sequence.block_ids)
             sequence.block_ids = []
         elif isinstance(event, KVCommitted):
-            sequence.append(event.prefilled.token_id, self._engine.clock())
+            if event.prefilled.token_id is not None:
+                sequence.append(event.prefilled.token_id, self._engine.clock())
             sequence.phase = Phase.RUNNING
             if event.prefilled.finish_reason is not None:
                 self._drop(sequence, "finished")

@@ -113,7 +113,10 @@ class Peer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    """Front door to decode worker: make one sequence. `output_ids` are those already delivered, when this is a replay."""
+    """Front door to decode worker: make one sequence. `output_ids` are those already delivered, when this is a replay or a move.
+
+    With `handover`, the KV of all tokens but the newest waits at `prefill` under that sequence's id, and nothing is computed again.
+    """
 
     sequence_id: SequenceId
     model: ModelName
@@ -124,6 +127,7 @@ class Generate:
     deadline_s: float
     ttft_slo_s: float
     tpot_slo_s: float
+    handover: SequenceId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +151,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefill:
-    """Decode worker to prefill worker: compute the KV of prompt + outputs, push it into the grant, send the next token to the client."""
+    """Decode worker to prefill worker: compute the KV of prompt + outputs, push it into the grant, send the next token to the client.
+
+    With `handover`, push what is kept of that sequence instead: the KV of all tokens but the newest. No token is made.
+    """
 
     sequence_id: SequenceId
     client_id: ClientId
@@ -158,6 +165,7 @@ class Prefill:
     grant: Grant
     deadline_s: float
     ttft_slo_s: float
+    handover: SequenceId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +173,7 @@ class Prefilled:
     """Prefill worker to decode worker, with the commit of the last layer: the token that it sampled, and whether that was the last one."""
 
     sequence_id: SequenceId
-    token_id: int
+    token_id: int | None  # None: a handover, which makes none
     finish_reason: FinishReason | None
 
 
@@ -190,7 +198,8 @@ class ErrorReport:
 class SequenceUpdate:
     """New tokens of one sequence. `index` is the first one's place in the output: two workers' updates may arrive out of order.
 
-    The last update of a sequence carries a finish reason or an error, never both.
+    The last update of a sequence carries a finish reason, an error or `moved`: the worker gives it up after `index` tokens, and keeps its
+    KV for a moment under this id, for the worker that is to go on.
     """
 
     sequence_id: SequenceId
@@ -200,6 +209,7 @@ class SequenceUpdate:
     finish_reason: FinishReason | None = None
     error: ErrorReport | None = None
     cached_tokens: int = 0
+    moved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +232,7 @@ class ModelCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLoad:
-    """One model's work on one worker at this moment. On a decode worker a sequence waits until its KV is committed there."""
+    """One model's work in one role of one worker at this moment. As decode worker, a sequence waits until its KV is committed there."""
 
     model: ModelName
     is_resident: bool
@@ -239,13 +249,14 @@ class WorkerReport:
     worker_id: WorkerId
     epoch: Epoch
     active_model: ModelName | None
-    loads: tuple[ModelLoad, ...]
+    loads: tuple[ModelLoad, ...]  # as decode worker; residents are in it even without work
     costs: tuple[ModelCost, ...]
     switch_bytes_per_s: float
     num_free_kv_bytes: int
     num_blocks_out: int  # held by sequences, grants and quarantine
     last_step_age_s: float | None  # None: idle, and the last probe passed
     counters: tuple[tuple[str, float], ...] = ()  # telemetry, by metric name
+    prefills: tuple[ModelLoad, ...] = ()  # as prefill worker: the prompts that were ordered here
 
 
 class SpanKind(enum.StrEnum):
@@ -341,6 +352,7 @@ class Admit:
     tpot_slo_s: float | None = None
     tenant: str = ""
     excluded: tuple[WorkerId, ...] = ()  # workers that a replay must avoid
+    moving: tuple[int, ...] = ()  # sequences that their decode workers give up and keep the KV of: place only those anew, without prefill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

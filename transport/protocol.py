@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from polymux.transport.messages import ErrorReport, Peer, Prefilled
 from polymux.transport.units import Epoch, PackedIds, SequenceId, TransferId, WorkerId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 PREAMBLE = b"PLYMUX" + PROTOCOL_VERSION.to_bytes(2, "little")
 
 

@@ -139,7 +139,7 @@ def test_well_formed_msgpack_of_wrong_types_raises_only_wire_errors(tag: int, fi
         (msgpack.packb([4, "s", True, None]), "Prefilled.token_id: expected an integer, got bool"),
         (msgpack.packb([4, "s", 1, "done"]), "Prefilled.finish_reason: 'done' is not one of stop, length"),
         (
-            msgpack.packb([5, "w", 1, [["s", 0, [1], [], None, None, 0], ["s", 0, [1, "x"], [], None, None, 0]]]),
+            msgpack.packb([5, "w", 1, [["s", 0, [1], [], None, None, 0, False], ["s", 0, [1, "x"], [], None, None, 0, False]]]),
             r"updates\[1\].token_ids\[1\]",
         ),
         (msgpack.packb([13, 1, math.nan, []]), "TokenLogprobs.logprob: nan is not a finite number"),
