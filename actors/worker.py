@@ -21,8 +21,8 @@ from polymux.actors.outbox import Outbox
 from polymux.actors.prefill import PrefillRole
 from polymux.actors.store_client import StoreClient
 from polymux.actors.updates import failure
-from polymux.disagg.multiplex import turn_policy
 from polymux.disagg.prefill import prefill_policy
+from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import Overloaded, PolymuxError, WorkerLost
 from polymux.transport.kv import KVEvent, KVSettings, KVSink, KVSource, OrderRef
 from polymux.transport.messages import Cancel, Generate, ModelLoad, ModelSpec, Peer, Prefill, Role, WorkerHello, WorkerReport

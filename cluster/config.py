@@ -19,8 +19,9 @@ from pydantic import AfterValidator, Field, model_validator
 from polymux.cluster.environment import settings
 from polymux.cluster.quantities import AutoBytes, AutoCount, Bytes, Seconds
 from polymux.cluster.validation import Section, validated
-from polymux.disagg.multiplex import TurnPolicy, turn_policy
+from polymux.disagg.multiplex import TurnPolicy
 from polymux.disagg.prefill import PrefillPolicy, prefill_policy
+from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -7,9 +7,9 @@ Its memory is a value: `start()` makes the first, `next_turn` returns the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from polymux.disagg.views import BatchView, DecodeView
 from polymux.transport.errors import ConfigError
@@ -121,16 +121,6 @@ def _cycle(models: Mapping[ModelName, object], *, after: ModelName | None, first
     else:
         start = ordered.index(first) if first is not None and first in models else 0
     return ordered[start:] + ordered[:start]
-
-
-POLICIES: dict[str, Callable[..., TurnPolicy[Any]]] = {"wrr": WeightedRoundRobin}
-
-
-def turn_policy(name: str, **settings: float) -> TurnPolicy[Any]:
-    """The policy of that name. Raises ConfigError, naming the ones there are."""
-    if name not in POLICIES:
-        raise ConfigError(f"policies.decode={name!r} is no turn policy; there are: {', '.join(sorted(POLICIES))}", param="policies.decode")
-    return POLICIES[name](**settings)
 
 
 def round_load(batches: Sequence[BatchView], max_quota_s: float = 4.0) -> float:

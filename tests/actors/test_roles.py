@@ -13,8 +13,8 @@ from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
 from polymux.actors.prefill import PrefillRole
 from polymux.actors.sequence import Phase, Sequence
-from polymux.disagg.multiplex import turn_policy
 from polymux.disagg.prefill import prefill_policy
+from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import PolymuxError
 from polymux.transport.kv import OrderRef
 from polymux.transport.messages import Generate, Grant, KVLayout, ModelSpec, Peer, Prefill, SamplingParams

@@ -109,7 +109,7 @@ def test_an_unknown_key_is_an_error_that_names_the_key_that_was_probably_meant(d
         ({"models": [{"name": "a b", "path": "x"}]}, "models[0].name", ["'a b'", "letters, digits"]),
         ({"models": [{"name": "a"}]}, "models[0].path", ["is missing", "Hugging Face checkpoint"]),
         ({"models": {"name": "a"}}, "models", ["tuple"]),
-        ({"policies": {"decode": "best"}}, "policies.decode", ["'best'", "there are: wrr"]),
+        ({"policies": {"decode": "best"}}, "policies.decode", ["'best'", "there are: request_level"]),
         ({"policies": {"prefill": "sjf"}}, "policies.prefill", ["'sjf'", "grouped_fcfs"]),
         ({"serve": {"port": 70000}}, "serve.port", ["=70000", "65535"]),
         ({"engine": {"kv_fraction": float("nan")}}, "engine.kv_fraction", ["finite"]),

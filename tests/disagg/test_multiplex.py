@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymux.disagg.multiplex import POLICIES, Turn, WeightedRoundRobin, WrrMemory, is_over, round_load, turn_policy
+from polymux.disagg.multiplex import Turn, WeightedRoundRobin, WrrMemory, is_over, round_load
+from polymux.disagg.turn_policies import POLICIES, turn_policy
 from polymux.disagg.views import BatchView, DecodeView
 from polymux.transport.errors import ConfigError
 from polymux.transport.units import ModelName
