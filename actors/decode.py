@@ -19,10 +19,11 @@ from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
 from polymux.actors.sampler import sample_each
 from polymux.actors.sequence import Phase, Sequence
+from polymux.actors.turns import Turns
 from polymux.actors.updates import failure, token_update
 from polymux.disagg.batching import choose_victims, form_batch, next_grant
-from polymux.disagg.multiplex import Turn, TurnPolicy, is_over
-from polymux.disagg.views import BatchView, DecodeView, HolderView, RunningView, WaitingView
+from polymux.disagg.multiplex import Turn, TurnPolicy
+from polymux.disagg.views import HolderView, RunningView, WaitingView
 from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Overloaded, PolymuxError
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
 from polymux.transport.messages import Generate, ModelLoad
@@ -34,14 +35,11 @@ class DecodeRole:
 
     def __init__(self, engine: Engine, grants: Grants, policy: TurnPolicy[Any], meter: Meter, outbox: Outbox) -> None:
         self._engine = engine
-        self._policy = policy
-        self._memory = policy.start()
         self._meter = meter
         self._outbox = outbox
         self._grants = grants
         self._sequences: dict[SequenceId, Sequence] = {}
-        self._turn: Turn | None = None
-        self._turn_began_s = 0.0
+        self._turns = Turns(engine, meter, policy)
         self._num_accepted = 0
 
     @property
@@ -89,6 +87,7 @@ class DecodeRole:
             if event.prefilled.token_id is not None:
                 sequence.append(event.prefilled.token_id, self._engine.clock())
             sequence.phase = Phase.RUNNING
+            self._turns.came()
             if event.prefilled.finish_reason is not None:
                 self._drop(sequence, "finished")
         elif isinstance(event, KVFailed):
@@ -100,49 +99,16 @@ class DecodeRole:
         """Grant what can be granted, then run one step of the model whose turn it is; False when no sequence could step."""
         self._expire()
         self._grant()
-        for _ in range(len(self._sequences) + 1):
-            turn = self._current_turn()
+        stuck: set[ModelName] = set()
+        while True:
+            turn = self._turns.current(s for s in self._sequences.values() if s.spec.model not in stuck)
             if turn is None:
                 return False
             batch = self._form(turn.model)
             if batch:
                 self._run(turn, batch)
                 return True
-            self._turn = None  # the oldest lacks a block that nobody younger could give: another model's turn
-        return False
-
-    def _current_turn(self) -> Turn | None:
-        """The turn that goes on, or the policy's next one."""
-        views = self._batch_views()
-        if self._turn is not None:
-            models = {view.model for view in views}
-            can_step = self._turn.model in models
-            elapsed_s = self._engine.clock() - self._turn_began_s
-            if not is_over(self._turn, elapsed_s, can_step=can_step, others_can_step=len(models) > can_step):
-                return self._turn
-        view = DecodeView(now_s=self._engine.clock(), active=self._engine.residency.active, batches=views)
-        self._turn, self._memory = self._policy.next_turn(view, self._memory)
-        self._turn_began_s = self._engine.clock()
-        return self._turn
-
-    def _batch_views(self) -> tuple[BatchView, ...]:
-        running: dict[ModelName, list[Sequence]] = {}
-        for sequence in self._sequences.values():
-            if sequence.phase is Phase.RUNNING:
-                running.setdefault(sequence.spec.model, []).append(sequence)
-        return tuple(self._batch_view(model, sequences) for model, sequences in running.items())
-
-    def _batch_view(self, model: ModelName, sequences: list[Sequence]) -> BatchView:
-        kv_tokens = sum(s.num_cached for s in sequences)
-        is_resident = model in self._engine.residency.residents
-        return BatchView(
-            model=model,
-            num_seqs=len(sequences),
-            kv_tokens=kv_tokens,
-            step_s=self._meter.predict_decode_s(model, min(len(sequences), self._engine.settings.max_num_seqs), kv_tokens),
-            tpot_slo_s=min(s.command.tpot_slo_s for s in sequences),
-            switch_s=0.0 if is_resident else self._meter.predict_switch_s(self._engine.spec(model).weight_bytes),
-        )
+            stuck.add(turn.model)  # its oldest lacks a block that nobody younger could give: another model's turn
 
     def _form(self, model: ModelName) -> list[Sequence]:
         """The sequences that step now, each with room for its token; the youngest are preempted when blocks run out."""
@@ -198,13 +164,13 @@ class DecodeRole:
         try:
             switch = self._engine.activate(turn.model, wanted={s.spec.model for s in self._sequences.values()})
         except PolymuxError as error:
-            self._turn = None
+            self._turns.end()
             for sequence in batch:
                 self._fail(sequence, error)
             return
         if switch is not None:
             self._meter.switched(switch)
-            self._turn_began_s = self._engine.clock()  # the switch is not charged to the turn
+            self._turns.began()
         started_s = self._engine.clock()
         slices = tuple(
             SequenceSlice(start=row, num_tokens=1, context_len=s.num_cached, block_ids=s.block_ids) for row, s in enumerate(batch)

@@ -59,6 +59,7 @@ class Grants:
             grant=grant,
             deadline_s=remaining_s,
             ttft_slo_s=command.ttft_slo_s,
+            due_in_s=sequence.due_s - self._engine.clock(),
         )
         self._live[transfer_id] = _Live(transfer_id, sequence, edge, block_ids)
         try:

@@ -31,6 +31,7 @@ class Sequence:
     order: int  # its place in the worker's line
     arrival_s: float
     deadline_s: float
+    first_due_s: float  # when token 0 was due; token i is due i * TPOT later
     prompt_ids: list[int]
     output_ids: list[int]
     sampler: SamplerState
@@ -39,6 +40,7 @@ class Sequence:
     transfer_id: TransferId | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0
+    is_kept: bool = True  # every token that was made here was on time
 
     @classmethod
     def from_command(cls, command: Generate, client_id: ClientId, spec: ModelSpec, order: int, now_s: float) -> Sequence:
@@ -50,6 +52,7 @@ class Sequence:
             order=order,
             arrival_s=now_s,
             deadline_s=now_s + command.deadline_s,
+            first_due_s=now_s + command.due_in_s,
             prompt_ids=prompt_ids,
             output_ids=output_ids,
             sampler=SamplerState(command.sampling, prompt_ids, output_ids, spec.eos_token_ids, spec.vocab_size),
@@ -73,7 +76,13 @@ class Sequence:
         """Blocks to add so that the next step's token has its slot."""
         return self.spec.kv.num_blocks(self.num_tokens) - len(self.block_ids)
 
+    @property
+    def due_s(self) -> float:
+        """When the next token is due."""
+        return self.first_due_s + len(self.output_ids) * self.command.tpot_slo_s
+
     def append(self, token_id: int, now_s: float) -> None:
+        self.is_kept = self.is_kept and now_s <= self.due_s
         self.output_ids.append(token_id)
         self.sampler.append(token_id)
         if self.first_token_s is None:

@@ -23,12 +23,14 @@ class Turn:
     """One model's slice of a decode worker.
 
     `quota_s` counts from the start of the turn's first step: the switch is not charged, every step is. None: as long as it is alone.
-    `prefetch` is the next model whose weights are not resident, worth loading meanwhile.
+    `prefetch` is the next model whose weights are not resident, worth loading meanwhile. A turn that `ends_on_news` ends at the first
+    token boundary after another sequence has come, so that the policy can weigh it; it may well go on with the same model.
     """
 
     model: ModelName
     quota_s: float | None
     prefetch: ModelName | None = None
+    ends_on_news: bool = False
 
 
 class TurnPolicy(Protocol[Memory]):
@@ -39,7 +41,7 @@ class TurnPolicy(Protocol[Memory]):
     def next_turn(self, view: DecodeView, memory: Memory) -> tuple[Turn | None, Memory]: ...
 
 
-def is_over(turn: Turn, elapsed_s: float, *, can_step: bool, others_can_step: bool) -> bool:
+def is_over(turn: Turn, elapsed_s: float, *, can_step: bool, others_can_step: bool, has_news: bool = False) -> bool:
     """Whether the turn ends at this token boundary. Ask after each step, so a turn has at least one.
 
     A model that is alone never stops, whatever its quota; one that had no quota stops when company comes.
@@ -48,7 +50,7 @@ def is_over(turn: Turn, elapsed_s: float, *, can_step: bool, others_can_step: bo
         return True
     if not others_can_step:
         return False
-    return turn.quota_s is None or elapsed_s >= turn.quota_s
+    return turn.quota_s is None or elapsed_s >= turn.quota_s or (has_news and turn.ends_on_news)
 
 
 @dataclass(frozen=True, slots=True)

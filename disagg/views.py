@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
 
 from polymux.transport.units import ModelName, SequenceId, WorkerId
 
 # ---------------------------------------------------------------- decode worker
+
+
+class Due(NamedTuple):
+    """When a sequence's next token is due, and how long after it each further one is. A tuple: there is one for every sequence."""
+
+    at_s: float
+    every_s: float
+    is_kept: bool = True  # every token so far was on time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +34,7 @@ class BatchView:
     step_s: float  # predicted seconds of one step of this batch
     tpot_slo_s: float  # the tightest of its sequences
     switch_s: float  # predicted seconds until its first step could start; 0 when its weights are resident
+    dues: tuple[Due, ...] = ()  # one for each sequence, any order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +88,9 @@ class PromptView:
     order: int
     num_tokens: int  # prompt and, for a replay, outputs
     num_done: int  # of them, already in the cache
+    due_at_s: float = inf  # when its token is due
+    prefill_s: float = 0.0  # predicted seconds that its rest takes
+    switch_s: float = 0.0  # predicted seconds until its model could step; 0 when its weights are resident
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +99,29 @@ class PrefillView:
     active: ModelName | None
     prompts: tuple[PromptView, ...]  # any order
     max_num_batched_tokens: int  # token budget of one step
+
+
+# ---------------------------------------------------------------- a worker with both kinds of work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkView:
+    """One kind of work of a worker: what its policy would run next."""
+
+    due_at_s: float  # when the first of its tokens that can still be on time is due; infinity when none can
+    step_s: float  # predicted seconds of its next step
+    switch_s: float  # predicted seconds until that step could start; 0 when its model is resident
+    num_tokens: int  # that the step makes
+    num_passed_over: int  # steps that the other kind has had since its last one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseView:
+    """Prefill or decode? None: there is no such work."""
+
+    now_s: float
+    prefill: WorkView | None
+    decode: WorkView | None
 
 
 # ---------------------------------------------------------------- arena

@@ -127,6 +127,7 @@ class Generate:
     deadline_s: float
     ttft_slo_s: float
     tpot_slo_s: float
+    due_in_s: float  # until token 0 is due, at sending: token i is due i * tpot_slo_s later. Negative when it is late
     handover: SequenceId | None = None
 
 
@@ -165,6 +166,7 @@ class Prefill:
     grant: Grant
     deadline_s: float
     ttft_slo_s: float
+    due_in_s: float  # until the token that this prefill makes is due, at sending; negative when it is late
     handover: SequenceId | None = None
 
 

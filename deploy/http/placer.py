@@ -68,6 +68,7 @@ class Placer:
         self._admission = admission
         self._loop = asyncio.get_running_loop()
         self._deadline_s = deadline_s
+        self._arrived_s = deadline_s - generation.envelope.timeout_s
         self._fail = fail
         self._ask = self._make_ask()
         self._places: dict[int, _Place] = {}
@@ -203,6 +204,7 @@ class Placer:
             deadline_s=self._remaining_s(),
             ttft_slo_s=placement.ttft_slo_s,
             tpot_slo_s=placement.tpot_slo_s,
+            due_in_s=placement.ttft_slo_s - (self._loop.time() - self._arrived_s),
         )
 
     async def _open(self, peer: Peer) -> WorkerLink | None:

@@ -102,6 +102,7 @@ def generate(sequence_id: str, model: ModelName, num_tokens: int) -> Generate:
         deadline_s=60.0,
         ttft_slo_s=10.0,
         tpot_slo_s=0.1,
+        due_in_s=10.0,
     )
 
 
@@ -156,6 +157,7 @@ def order(sequence_id: str, model: ModelName, num_tokens: int, number: int) -> t
         grant=grant,
         deadline_s=60.0,
         ttft_slo_s=10.0,
+        due_in_s=10.0,
     )
     return prefill, OrderRef(1, TransferId(number))
 

@@ -96,6 +96,7 @@ class Pair:
                 deadline_s=deadline_s,
                 ttft_slo_s=10.0,
                 tpot_slo_s=0.1,
+                due_in_s=10.0,
             )
         )
         return sequence_id

@@ -272,6 +272,7 @@ class Decoder:
             grant=Grant(**{**granted, **grant}),
             deadline_s=deadline_s,
             ttft_slo_s=1.0,
+            due_in_s=1.0,
         )
 
     def order(self, edge: KVEdge, count: int, *, layout: str = "small", deadline_s: float = 5.0, **grant: Any) -> Transfer:

@@ -95,6 +95,7 @@ def generate(sequence_id: str = "r/0", num_tokens: int = 3) -> Generate:
         deadline_s=9.0,
         ttft_slo_s=1.0,
         tpot_slo_s=0.1,
+        due_in_s=1.0,
     )
 
 
