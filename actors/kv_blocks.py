@@ -1,7 +1,8 @@
 """KV block manager: blocks of several shapes cut from the slabs of one memory, an arena or the node's host tier.
 
 Block `i` of a layout lies at byte `i * block_bytes` of that memory, so one tensor view of the whole serves every block of that
-layout; a slab brings those ids that lie wholly inside it. Ids are never shared between owners, and an idle manager has none out.
+layout; a slab brings those ids that lie wholly inside it. A block that is out has as many holders as took it, and an idle manager has
+none out. A *cached* block whose last holder has gone stays as it is, idle, until somebody wants its room: it is never in the way.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import heapq
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -51,10 +53,25 @@ class SlabSource(Protocol):
         """Assert that its books are whole."""
 
 
+class Reclaimer(Protocol):
+    """Whoever knows which cached blocks are worth least."""
+
+    def reclaim(self, pool: BlockPool, num_blocks: int) -> None:
+        """Uncache idle blocks, of this pool or whole slabs of others, until `pool` can allocate so many; or as far as that goes."""
+
+
+@dataclass(slots=True)
+class Siblings:
+    """What the pools over one memory share."""
+
+    num_idle_slabs: int = 0
+    reclaimer: Reclaimer | None = None
+
+
 class BlockPool:
     """The blocks of one layout. Lowest ids first, so that neighbours in a sequence tend to be neighbours in memory."""
 
-    def __init__(self, source: SlabSource, layout: KVLayout) -> None:
+    def __init__(self, source: SlabSource, layout: KVLayout, siblings: Siblings | None = None) -> None:
         if layout.block_bytes * 2 > source.slab_bytes:
             raise ConfigError(
                 f"a KV block of {layout.block_bytes} bytes needs slabs of at least {2 * layout.block_bytes}, "
@@ -62,9 +79,14 @@ class BlockPool:
             )
         self.layout = layout
         self._source = source
+        self._siblings = siblings or Siblings()
         self._free: list[int] = []  # a heap
         self._used_in: dict[int, int] = {}  # slab -> blocks out
-        self._out: set[int] = set()
+        self._idle_in: dict[int, int] = {}  # slab -> idle blocks, those with none left out
+        self._holders: dict[int, int] = {}  # block out -> how many hold it
+        self._cached: set[int] = set()  # out or idle
+        self._idle_slabs: set[int] = set()  # with idle blocks and none out: another layout may have them
+        self._num_idle = 0
 
     @property
     def kv(self) -> Tensor:
@@ -87,12 +109,28 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` can give at this moment, free slabs counted at their least."""
+        """Blocks that `allocate` can give at this moment, idle ones among them; slabs of others are counted at their least."""
+        others = self._siblings.num_idle_slabs - len(self._idle_slabs)
+        return self.num_ready + self._num_idle + others * self.blocks_per_slab
+
+    @property
+    def num_ready(self) -> int:
+        """Those of them for which no idle block has to go."""
         return len(self._free) + self._source.num_free_slabs * self.blocks_per_slab
 
     @property
+    def num_held_free(self) -> int:
+        """Those of them in slabs that are this pool's already."""
+        return len(self._free) + self._num_idle
+
+    @property
     def num_out(self) -> int:
-        return len(self._out)
+        return len(self._holders)
+
+    @property
+    def num_idle(self) -> int:
+        """Cached blocks that nobody holds."""
+        return self._num_idle
 
     @property
     def max_blocks(self) -> int:
@@ -100,50 +138,127 @@ class BlockPool:
         return self._source.max_kv_slabs * self.blocks_per_slab
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Take `num_blocks` ids, all or none. Raises NoFreeBlocks."""
+        """Take `num_blocks` ids, all or none, with one holder each. Raises NoFreeBlocks."""
+        self._gather(num_blocks)
+        if len(self._free) < num_blocks and self._siblings.reclaimer is not None:
+            self._siblings.reclaimer.reclaim(self, num_blocks)
+            self._gather(num_blocks)
+        if len(self._free) < num_blocks:
+            self._return_empty_slabs()
+            raise NoFreeBlocks(f"{num_blocks} KV blocks wanted, {len(self._free)} free; a sequence must end first")
+        ids = [heapq.heappop(self._free) for _ in range(num_blocks)]
+        for block_id in ids:
+            self._hold(block_id)
+        return ids
+
+    def share(self, ids: Iterable[int]) -> None:
+        """One holder more for blocks that are out or idle; each will be freed once more. Raises KeyError for others, and shares none."""
+        ids = list(ids)
+        for block_id in ids:
+            if block_id not in self._holders and block_id not in self._cached:
+                raise KeyError(block_id)
+        for block_id in ids:
+            if block_id in self._holders:
+                self._holders[block_id] += 1
+            else:
+                self._count_idle(self.slab_of(block_id), -1)
+                self._hold(block_id)
+
+    def free(self, ids: Iterable[int]) -> None:
+        """One holder less for each; slabs that become empty return to where they came from. Raises KeyError for an id that is not out."""
+        for block_id in ids:
+            self._holders[block_id] -= 1
+            if self._holders[block_id]:
+                continue
+            del self._holders[block_id]
+            slab = self.slab_of(block_id)
+            self._used_in[slab] -= 1
+            if block_id in self._cached:
+                self._count_idle(slab, 1)
+            else:
+                heapq.heappush(self._free, block_id)
+                self._note(slab)
+        self._return_empty_slabs()
+
+    def cache(self, block_id: int) -> None:
+        """Keep this block's bytes after its last holder has gone. Raises KeyError for a block that is not out."""
+        if block_id not in self._holders:
+            raise KeyError(block_id)
+        self._cached.add(block_id)
+
+    def uncache(self, ids: Iterable[int]) -> None:
+        """Keep them no longer: idle ones are free at once, held ones when their holders go. Raises KeyError for one not cached."""
+        for block_id in ids:
+            self._cached.remove(block_id)
+            if block_id not in self._holders:
+                self._count_idle(self.slab_of(block_id), -1)
+                heapq.heappush(self._free, block_id)
+        self._return_empty_slabs()
+
+    def is_idle(self, block_id: int) -> bool:
+        return block_id in self._cached and block_id not in self._holders
+
+    def slab_of(self, block_id: int) -> int:
+        return block_id * self.layout.block_bytes // self._source.slab_bytes
+
+    @property
+    def idle_slabs(self) -> frozenset[int]:
+        """Slabs that would be empty without their idle blocks."""
+        return frozenset(self._idle_slabs)
+
+    def _gather(self, num_blocks: int) -> None:
+        """Take free slabs for so many free blocks, if there are enough."""
         while len(self._free) < num_blocks:
             slab = self._source.take_slab()
             if slab is None:
-                self._return_empty_slabs()
-                raise NoFreeBlocks(f"{num_blocks} KV blocks wanted, {len(self._free)} free; a sequence must end first")
-            self._used_in[slab] = 0
+                return
+            self._used_in[slab] = self._idle_in[slab] = 0
             for block_id in self.ids_of(slab):
                 heapq.heappush(self._free, block_id)
-        ids = [heapq.heappop(self._free) for _ in range(num_blocks)]
-        for block_id in ids:
-            self._used_in[self._slab_of(block_id)] += 1
-        self._out.update(ids)
-        return ids
 
-    def free(self, ids: Iterable[int]) -> None:
-        """Give ids back; slabs that become empty return to where they came from. Raises KeyError for an id that is not out."""
-        for block_id in ids:
-            self._out.remove(block_id)
-            self._used_in[self._slab_of(block_id)] -= 1
-            heapq.heappush(self._free, block_id)
-        self._return_empty_slabs()
+    def _hold(self, block_id: int) -> None:
+        slab = self.slab_of(block_id)
+        self._holders[block_id] = 1
+        self._used_in[slab] += 1
+        self._note(slab)
 
-    def _slab_of(self, block_id: int) -> int:
-        return block_id * self.layout.block_bytes // self._source.slab_bytes
+    def _count_idle(self, slab: int, change: int) -> None:
+        self._idle_in[slab] += change
+        self._num_idle += change
+        self._note(slab)
+
+    def _note(self, slab: int) -> None:
+        """Keep `_idle_slabs` what it says, and their number in all pools."""
+        before = len(self._idle_slabs)
+        if self._idle_in[slab] and not self._used_in[slab]:
+            self._idle_slabs.add(slab)
+        else:
+            self._idle_slabs.discard(slab)
+        self._siblings.num_idle_slabs += len(self._idle_slabs) - before
 
     def _return_empty_slabs(self) -> None:
-        empty = [slab for slab, used in self._used_in.items() if used == 0]
+        empty = [slab for slab, used in self._used_in.items() if not used and not self._idle_in[slab]]
         if not empty:
             return
         gone = {block_id for slab in empty for block_id in self.ids_of(slab)}
         self._free = [block_id for block_id in self._free if block_id not in gone]
         heapq.heapify(self._free)
         for slab in empty:
-            del self._used_in[slab]
+            del self._used_in[slab], self._idle_in[slab]
             self._source.return_slab(slab)
 
     def check(self) -> None:
-        """Assert that every id of every held slab is either free or out, and counted once."""
+        """Assert that every id of every held slab is free, out or idle, and counted once."""
         held = {block_id for slab in self._used_in for block_id in self.ids_of(slab)}
-        assert len(self._free) == len(set(self._free)), "a block is free twice"
-        assert held == set(self._free) | self._out, "a block is neither free nor out"
-        assert not set(self._free) & self._out, "a block is both free and out"
-        assert sum(self._used_in.values()) == len(self._out)
+        free, out, idle = set(self._free), set(self._holders), self._cached - self._holders.keys()
+        assert len(self._free) == len(free), "a block is free twice"
+        assert held == free | out | idle, "a block is neither free nor out nor idle"
+        assert len(held) == len(free) + len(out) + len(idle), "a block is free and out, or free and idle"
+        assert all(count > 0 for count in self._holders.values())
+        assert sum(self._used_in.values()) == len(out)
+        assert self._idle_in == {slab: sum(block_id in idle for block_id in self.ids_of(slab)) for slab in self._used_in}
+        assert self._num_idle == len(idle)
+        assert self._idle_slabs == {slab for slab, count in self._idle_in.items() if count and not self._used_in[slab]}
 
 
 class BlockManager:
@@ -151,6 +266,7 @@ class BlockManager:
 
     def __init__(self, source: SlabSource) -> None:
         self._source = source
+        self._siblings = Siblings()
         self._pools: dict[KVLayout, BlockPool] = {}  # replaced, never changed: a model is added while the engine thread counts
         self._lock = threading.Lock()
 
@@ -159,8 +275,16 @@ class BlockManager:
         if layout not in self._pools:
             with self._lock:
                 if layout not in self._pools:
-                    self._pools = {**self._pools, layout: BlockPool(self._source, layout)}
+                    self._pools = {**self._pools, layout: BlockPool(self._source, layout, self._siblings)}
         return self._pools[layout]
+
+    @property
+    def pools(self) -> Mapping[KVLayout, BlockPool]:
+        return self._pools
+
+    def reclaim_from(self, reclaimer: Reclaimer) -> None:
+        """Whom to ask when idle blocks must go."""
+        self._siblings.reclaimer = reclaimer
 
     @property
     def num_out(self) -> int:
@@ -168,11 +292,11 @@ class BlockManager:
 
     @property
     def num_free_bytes(self) -> int:
-        num_slabs = self._source.num_free_slabs
-        held = sum((pool.num_free - num_slabs * pool.blocks_per_slab) * layout.block_bytes for layout, pool in self._pools.items())
-        return held + num_slabs * self._source.slab_bytes
+        held = sum(pool.num_held_free * layout.block_bytes for layout, pool in self._pools.items())
+        return held + self._source.num_free_slabs * self._source.slab_bytes
 
     def check(self) -> None:
         self._source.check()
         for pool in self._pools.values():
             pool.check()
+        assert self._siblings.num_idle_slabs == sum(len(pool.idle_slabs) for pool in self._pools.values())

@@ -160,7 +160,7 @@ def test_a_model_may_be_added_while_the_engine_thread_counts(monkeypatch: pytest
 
     def count(pool: BlockPool) -> int:
         manager.pool(ODD)  # another thread, at the worst moment
-        return len(pool._out)
+        return len(pool._holders)
 
     monkeypatch.setattr(BlockPool, "num_out", property(count))
     assert manager.num_out == 0
