@@ -60,6 +60,7 @@ class Grants:
             deadline_s=remaining_s,
             ttft_slo_s=command.ttft_slo_s,
             due_in_s=sequence.due_s - self._engine.clock(),
+            cache_salt=command.cache_salt,
         )
         self._live[transfer_id] = _Live(transfer_id, sequence, edge, block_ids)
         try:

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from math import prod
 
-from polymux.transport.units import BLOCK_SIZE, ClientId, Epoch, ModelName, PackedIds, SequenceId, TransferId, WorkerId
+from polymux.transport.units import BLOCK_SIZE, NO_IDS, ClientId, Epoch, ModelName, PackedIds, SequenceId, TransferId, WorkerId
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -129,6 +129,7 @@ class Generate:
     tpot_slo_s: float
     due_in_s: float  # until token 0 is due, at sending: token i is due i * tpot_slo_s later. Negative when it is late
     handover: SequenceId | None = None
+    cache_salt: str = ""  # only sequences of equal salt share cached KV
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +169,7 @@ class Prefill:
     ttft_slo_s: float
     due_in_s: float  # until the token that this prefill makes is due, at sending; negative when it is late
     handover: SequenceId | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +212,7 @@ class SequenceUpdate:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: ErrorReport | None = None
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in a prefix cache; said with the first token
     moved: bool = False
 
 
@@ -259,6 +261,7 @@ class WorkerReport:
     last_step_age_s: float | None  # None: idle, and the last probe passed
     counters: tuple[tuple[str, float], ...] = ()  # telemetry, by metric name
     prefills: tuple[ModelLoad, ...] = ()  # as prefill worker: the prompts that were ordered here
+    cached_prefixes: PackedIds = NO_IDS  # marks (`prefix.mark`) of the cached blocks used last, at most MAX_CACHED_MARKS
 
 
 class SpanKind(enum.StrEnum):
@@ -355,6 +358,7 @@ class Admit:
     tenant: str = ""
     excluded: tuple[WorkerId, ...] = ()  # workers that a replay must avoid
     moving: tuple[int, ...] = ()  # sequences that their decode workers give up and keep the KV of: place only those anew, without prefill
+    prefix_hashes: PackedIds = NO_IDS  # marks of the blocks that all its prompts begin with, at most MAX_PROMPT_MARKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

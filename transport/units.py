@@ -15,6 +15,7 @@ ModelName = NewType("ModelName", str)
 Epoch = NewType("Epoch", int)  # one incarnation of a worker, issued by the controller, never reused
 TransferId = NewType("TransferId", int)  # unique within one edge
 PackedIds = NewType("PackedIds", bytes)  # little-endian u32s, the wire form of token ids and block ids
+NO_IDS = PackedIds(b"")
 
 KIB = 1024
 MIB = 1024 * KIB
