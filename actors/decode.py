@@ -26,7 +26,7 @@ from polymux.disagg.multiplex import Turn, TurnPolicy
 from polymux.disagg.views import HolderView, RunningView, WaitingView
 from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Overloaded, PolymuxError
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
-from polymux.transport.messages import Generate, ModelLoad
+from polymux.transport.messages import Generate, ModelLoad, SpanKind
 from polymux.transport.units import ClientId, ModelName, SequenceId
 
 
@@ -84,6 +84,7 @@ class DecodeRole:
             self._engine.pool(sequence.spec.model).free(sequence.block_ids)
             sequence.block_ids = []
         elif isinstance(event, KVCommitted):
+            self._note_arrival(sequence, event)
             if event.prefilled.token_id is not None:
                 sequence.append(event.prefilled.token_id, self._engine.clock())
             sequence.phase = Phase.RUNNING
@@ -92,6 +93,12 @@ class DecodeRole:
                 self._drop(sequence, "finished")
         elif isinstance(event, KVFailed):
             self._fail(sequence, event.error)
+
+    def _note_arrival(self, sequence: Sequence, event: KVCommitted) -> None:
+        nbytes = len(sequence.block_ids) * sequence.spec.kv.block_bytes
+        self._meter.timeline.add(
+            SpanKind.KV_IN, sequence.spec.model, event.began_s, event.ended_s, nbytes=nbytes, num_seqs=1, num_tokens=sequence.num_tokens
+        )
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

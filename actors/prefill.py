@@ -21,7 +21,7 @@ from polymux.disagg.prefill import PrefillPolicy, PrefillStep
 from polymux.disagg.views import PrefillView, PromptView
 from polymux.transport.errors import Cancelled, DeadlineExceeded, NoFreeBlocks, PolymuxError
 from polymux.transport.kv import KVSource, OrderRef
-from polymux.transport.messages import FinishReason, ModelLoad, ModelSpec, Prefill, Prefilled
+from polymux.transport.messages import FinishReason, ModelLoad, ModelSpec, Prefill, Prefilled, SpanKind
 from polymux.transport.units import ModelName, SequenceId, unpack_ids
 
 
@@ -38,6 +38,7 @@ class Job:
     output_ids: list[int]
     block_ids: list[int] = field(default_factory=list)
     num_done: int = 0
+    pushed_s: float | None = None  # when its first layer was offered to the transport
 
     @property
     def num_tokens(self) -> int:
@@ -92,14 +93,19 @@ class PrefillRole:
         for job in [job for job in self._jobs.values() if job.order == order]:
             self._fail(job, Cancelled(f"sequence {job.command.sequence_id} was cancelled: {reason}"))
 
-    def released(self, order: OrderRef) -> None:
-        """Nobody reads this order's blocks any more: they go back."""
+    def released(self, order: OrderRef, at_s: float) -> None:
+        """Nobody has read this order's blocks since `at_s`, on the engine's clock: they go back."""
         job = self._leaving.pop(order, None)
         if job is None:
             job = next((job for job in self._jobs.values() if job.order == order), None)
             if job is None:
                 return
             del self._jobs[job.command.sequence_id]
+        if job.pushed_s is not None:
+            nbytes = job.spec.kv.num_blocks(job.num_done) * job.spec.kv.block_bytes
+            self._meter.timeline.add(
+                SpanKind.KV_OUT, job.spec.model, job.pushed_s, at_s, nbytes=nbytes, num_seqs=1, num_tokens=job.num_done
+            )
         self._engine.pool(job.spec.model).free(job.block_ids)
         job.block_ids = []
 
@@ -174,6 +180,8 @@ class PrefillRole:
             first = chunk.start // size
             end = job.spec.kv.num_blocks(chunk.start + chunk.num_tokens) if chunk.is_last else (chunk.start + chunk.num_tokens) // size
             if end > first:
+                if job.pushed_s is None:
+                    job.pushed_s = self._engine.clock()
                 self._source.push(job.order, layer, layer + 1, job.block_ids[first:end], first)
 
     def _finish(self, jobs: list[Job], logits: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import Worker, WorkerSettings
 from polymux.transport.errors import WorkerLost
-from polymux.transport.messages import ModelSpec, WorkerHello, WorkerReport
+from polymux.transport.messages import LookBack, ModelSpec, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import Epoch, ModelName
 
 ACTOR_THREADS = 4
@@ -48,6 +48,10 @@ class WorkerActor:
     @ray.method
     def report(self) -> WorkerReport:
         return self._started.report()
+
+    @ray.method
+    def timeline(self, look: LookBack) -> WorkerTimeline:
+        return self._started.timeline(look)
 
     @ray.method
     def stop(self) -> None:

@@ -25,7 +25,19 @@ from polymux.disagg.prefill import prefill_policy
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import Overloaded, PolymuxError, WorkerLost
 from polymux.transport.kv import KVEvent, KVSettings, KVSink, KVSource, OrderRef
-from polymux.transport.messages import Cancel, Generate, ModelLoad, ModelSpec, Peer, Prefill, Role, WorkerHello, WorkerReport
+from polymux.transport.messages import (
+    Cancel,
+    Generate,
+    LookBack,
+    ModelLoad,
+    ModelSpec,
+    Peer,
+    Prefill,
+    Role,
+    WorkerHello,
+    WorkerReport,
+    WorkerTimeline,
+)
 from polymux.transport.region import Region, this_host
 from polymux.transport.stream import WorkerServer
 from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
@@ -105,7 +117,7 @@ class Worker:
                 host_id=hello.host_id,
                 on_order=self._on_order,
                 on_cancel=lambda ref, reason: self._mailbox.tell(lambda: self._prefill.cancel(ref, reason)),
-                on_released=lambda ref: self._mailbox.tell(lambda: self._prefill.released(ref)),
+                on_released=lambda ref: self._mailbox.tell(partial(self._prefill.released, ref, self._engine.clock())),
                 settings=settings.kv,
             )
             self._kv = source
@@ -255,6 +267,11 @@ class Worker:
             last_step_age_s=None if is_idle else age_s,
             counters=self._meter.counters(self._kv.snapshot() if isinstance(self._kv, KVSink) else ()),  # one side counts a transfer
         )
+
+    def timeline(self, look: LookBack) -> WorkerTimeline:
+        """What this worker did lately. Safe from any thread."""
+        spans = self._meter.timeline.spans(look.within_s, look.max_spans)
+        return WorkerTimeline(worker_id=self.settings.worker_id, epoch=self._epoch, spans=spans)
 
     def _publish(self) -> None:
         """Swap in a new snapshot; one assignment, so that readers see the old one or the new one."""

@@ -23,6 +23,7 @@ from polymux.transport.messages import (
     FinishReason,
     Generate,
     KVLayout,
+    LookBack,
     ModelSpec,
     Peer,
     Placement,
@@ -225,6 +226,9 @@ class ZeroControl:
     async def topology(self) -> dict[str, Any]:
         reasons = () if self.is_ready else ("no decode worker",)
         return {"is_ready": self.is_ready, "reasons": reasons, "workers": (), "models": ()}
+
+    async def timeline(self, look: LookBack) -> dict[str, Any]:
+        return {"within_s": look.within_s, "columns": [], "lanes": []}
 
     async def heartbeat(self, client_id: ClientId) -> None:
         self.heartbeats += 1

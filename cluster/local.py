@@ -17,7 +17,7 @@ from polymux.cluster.config import ClusterConfig
 from polymux.cluster.sizing import host_memory_bytes
 from polymux.cluster.supervisor import Supervisor, WorkerHandle
 from polymux.transport.errors import WorkerLost
-from polymux.transport.messages import ModelSpec, Role, WorkerHello, WorkerReport
+from polymux.transport.messages import LookBack, ModelSpec, Role, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import Epoch, ModelName
 
 T = TypeVar("T")
@@ -46,6 +46,9 @@ class LocalHandle:
 
     async def report(self) -> WorkerReport:
         return await self._call(lambda worker: worker.report())
+
+    async def timeline(self, look: LookBack) -> WorkerTimeline:
+        return await self._call(lambda worker: worker.timeline(look))
 
     async def stop(self) -> None:
         if self._starting is not None:

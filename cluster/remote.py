@@ -18,7 +18,7 @@ from polymux.cluster.config import ClusterConfig, ModelConfig
 from polymux.cluster.sizing import host_memory_bytes, num_threads
 from polymux.cluster.supervisor import Supervisor, WorkerHandle
 from polymux.transport.errors import PeerLost, PolymuxError, WorkerLost
-from polymux.transport.messages import Admit, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport
+from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import ClientId, Epoch, ModelName
 
 NAMESPACE = "polymux"
@@ -57,6 +57,10 @@ class RayHandle:
     async def report(self) -> WorkerReport:
         report: WorkerReport = await call(self.actor.report.remote())
         return report
+
+    async def timeline(self, look: LookBack) -> WorkerTimeline:
+        timeline: WorkerTimeline = await call(self.actor.timeline.remote(look))
+        return timeline
 
     async def stop(self) -> None:
         """Ask, then make sure: a frozen process is killed all the same."""
@@ -193,6 +197,9 @@ class ControllerActor:
     async def topology(self) -> dict[str, Any]:
         return await self._supervisor.topology()
 
+    async def timeline(self, look: LookBack) -> dict[str, Any]:
+        return await self._supervisor.timeline(look)
+
     async def add_model(self, model: ModelConfig) -> ModelSpec:
         return await self._supervisor.add_model(model)
 
@@ -221,6 +228,10 @@ class RayControlPlane:
     async def topology(self) -> dict[str, Any]:
         topology: dict[str, Any] = await self._call(self._actor.topology.remote())
         return topology
+
+    async def timeline(self, look: LookBack) -> dict[str, Any]:
+        timeline: dict[str, Any] = await self._call(self._actor.timeline.remote(look))
+        return timeline
 
     async def _call(self, reference: Awaitable[T]) -> T:
         try:

@@ -19,8 +19,19 @@ from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, ModelConfig
 from polymux.cluster.controller import Controller
 from polymux.cluster.sizing import worker_settings
+from polymux.cluster.timelines import gather
 from polymux.transport.errors import StaleEpoch, WorkerLost
-from polymux.transport.messages import Admit, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport
+from polymux.transport.messages import (
+    Admit,
+    LookBack,
+    ModelSpec,
+    Placement,
+    Release,
+    Role,
+    WorkerHello,
+    WorkerReport,
+    WorkerTimeline,
+)
 from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
 
 log = logging.getLogger("polymux.supervisor")
@@ -40,6 +51,7 @@ class WorkerHandle(Protocol):
     async def serve(self, epoch: Epoch) -> None: ...
     async def add_model(self, spec: ModelSpec) -> None: ...
     async def report(self) -> WorkerReport: ...
+    async def timeline(self, look: LookBack) -> WorkerTimeline: ...
     async def stop(self) -> None: ...
 
 
@@ -286,6 +298,10 @@ class Supervisor:
     async def topology(self) -> dict[str, Any]:
         """Workers, models and totals as plain data, for /ready, the console and metrics."""
         return {**asdict(self.controller.topology()), "stats": asdict(self.controller.stats())}
+
+    async def timeline(self, look: LookBack) -> dict[str, Any]:
+        """What every worker did lately, as plain data (`timelines.py`): they are asked when somebody looks, not with each poll."""
+        return await gather({m.worker_id: (m.role, m.handle.timeline if m.handle else None) for m in self._members}, look)
 
     async def add_model(self, model: ModelConfig) -> ModelSpec:
         """Register a model while serving. Raises CheckpointError or ConfigError, and then no new one is registered anywhere."""

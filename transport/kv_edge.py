@@ -169,7 +169,10 @@ class KVEdge:
         if self._context.faults:
             self._context.faults.strike("sink.receive.move")
         with self._context.lock:
-            return self._context.ledger.admit(self.number, move)
+            transfer = self._context.ledger.admit(self.number, move)
+            if transfer is not None and transfer.began_s is None:
+                transfer.began_s = self._loop.time()
+            return transfer
 
     def target(self, transfer: SinkTransfer) -> BlockGrid:
         return self._context.grids.of(transfer.layout)
@@ -200,7 +203,8 @@ class KVEdge:
                 if transfer is None:
                     return
                 self._counters.committed += 1
-                self._counters.seconds += self._loop.time() - self._started_s.pop(transfer.transfer_id)
+                now_s = self._loop.time()
+                self._counters.seconds += now_s - self._started_s.pop(transfer.transfer_id)
         except StaleEpoch:
             raise  # the peer is not who we took it for: no use going on with this edge
         except TransferError as error:
@@ -209,7 +213,15 @@ class KVEdge:
             self._fail(refused, error)
             return
         self._stop_timer(transfer)
-        self._context.emit(KVCommitted(transfer_id=transfer.transfer_id, sequence_id=transfer.sequence_id, prefilled=commit.prefilled))
+        self._context.emit(
+            KVCommitted(
+                transfer_id=transfer.transfer_id,
+                sequence_id=transfer.sequence_id,
+                prefilled=commit.prefilled,
+                began_s=now_s if transfer.began_s is None else transfer.began_s,
+                ended_s=now_s,
+            )
+        )
         self._say(Ended(transfer_id=transfer.transfer_id, error=None))
 
     def _check_fence(self) -> None:

@@ -40,11 +40,16 @@ class KVSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCommitted:
-    """Every layer of every granted block has landed and was checked: attention may read them. They are the sequence's now."""
+    """Every layer of every granted block has landed and was checked: attention may read them. They are the sequence's now.
+
+    `began_s` and `ended_s` are readings of this process's monotonic clock at the first move and at the commit.
+    """
 
     transfer_id: TransferId
     sequence_id: SequenceId
     prefilled: Prefilled
+    began_s: float
+    ended_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

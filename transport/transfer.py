@@ -125,6 +125,7 @@ class SinkTransfer:
     ranges: Ranges
     coverage: Coverage
     state: SinkState = SinkState.GRANTED
+    began_s: float | None = None  # when its first move came
 
     @property
     def num_bytes(self) -> int:

@@ -31,7 +31,7 @@ from polymux.transport.errors import (
     Refused,
     WorkerLost,
 )
-from polymux.transport.messages import Admit, ModelSpec, Placement, Release
+from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release
 from polymux.transport.units import ClientId, ModelName
 
 log = logging.getLogger("polymux.frontdoor")
@@ -40,6 +40,7 @@ T = TypeVar("T")
 RELEASE_ATTEMPTS = 3
 TOPOLOGY_TTL_S = 0.5  # how long a snapshot serves /ready and /metrics
 TOPOLOGY_TIMEOUT_S = 2.0
+TIMELINE_TIMEOUT_S = 5.0  # its workers have two seconds each, all at once
 UNKNOWN_MODEL_TTL_S = 0.2  # how long it is believed that there is no such model
 NORMALIZER_SLACK = 4  # how many times shorter a tokenizer's normalizer may make a text
 LAST_WORDS_S = 1.0  # for requests that a closing front door has ended to tell their clients
@@ -50,7 +51,7 @@ class ControlPlane(Protocol):
 
     `admit` of a request id that is in the books already is a replay: workers in `excluded` are replaced, the others stay.
     `release` of one that is not in the books does nothing: the front door sends one after every `admit`, refused ones included.
-    `topology` is plain data: `is_ready`, `reasons`, `workers`, `models` of `cluster.topology.Topology`.
+    `topology` is plain data: `is_ready`, `reasons`, `workers`, `models` of `cluster.topology.Topology`; `timeline` is `cluster.timelines`'.
     """
 
     async def admit(self, ask: Admit) -> Placement: ...
@@ -60,6 +61,8 @@ class ControlPlane(Protocol):
     async def models(self) -> tuple[ModelSpec, ...]: ...
 
     async def topology(self) -> dict[str, Any]: ...
+
+    async def timeline(self, look: LookBack) -> dict[str, Any]: ...
 
     async def heartbeat(self, client_id: ClientId) -> None: ...
 
@@ -295,6 +298,11 @@ class FrontDoor:
                 self._topology = None
             self._topology_until_s = time.monotonic() + TOPOLOGY_TTL_S
         return self._topology
+
+    async def timeline(self, look: LookBack) -> dict[str, Any]:
+        """What every worker did lately, with `now_s`, the wall-clock time from which its ages count. Raises Overloaded."""
+        timeline = await self._call(self._control.timeline(look), TIMELINE_TIMEOUT_S)
+        return {"now_s": time.time(), **timeline}
 
     async def unready(self) -> tuple[str, ...]:
         """Why this front door cannot serve now; empty when it can."""

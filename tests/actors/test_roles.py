@@ -186,7 +186,7 @@ def test_an_order_anew_takes_the_place_of_one_whose_decode_worker_was_given_up()
     role.accept(*order("s", A, 20, 2))
     assert source.failed == [(OrderRef(1, TransferId(1)), "Cancelled")]
     assert [job.order.transfer_id for job in role._jobs.values()] == [2]
-    role.released(OrderRef(1, TransferId(1)))
+    role.released(OrderRef(1, TransferId(1)), 1.0)
     role.cancel(OrderRef(1, TransferId(2)), "test")
-    role.released(OrderRef(1, TransferId(2)))
+    role.released(OrderRef(1, TransferId(2)), 1.0)
     assert role.num_open == 0 and role._engine.blocks.num_out == 0

@@ -16,7 +16,7 @@ from polymux.cluster import supervisor as supervisor_module
 from polymux.cluster.config import ClusterConfig, LivenessConfig, ModelConfig, PoolConfig, PoolsConfig
 from polymux.cluster.supervisor import MAX_RESTARTS, Supervisor, WorkerHandle
 from polymux.transport.errors import CheckpointError, ConfigError, PolymuxError, WorkerLost
-from polymux.transport.messages import ModelSpec, Role, WorkerHello, WorkerReport
+from polymux.transport.messages import LookBack, ModelSpec, Role, Span, SpanKind, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import MIB, Epoch, ModelName, WorkerId
 
 SPECS = {described.model: described for described in (spec("a", 4 * MIB), spec("b", 2 * MIB))}
@@ -85,6 +85,15 @@ class FakeWorker:
             last_step_age_s=None,
             counters=(),
         )
+
+    async def timeline(self, look: LookBack) -> WorkerTimeline:
+        worker_id = self.worker_id
+        await self._on("timeline")
+        spans = tuple(
+            Span(kind=SpanKind.DECODE, model=NAMES[0], began_s=float(i + 1), ended_s=float(i))
+            for i in reversed(range(min(look.max_spans, 100)))
+        )
+        return WorkerTimeline(worker_id=worker_id, epoch=self.epoch or Epoch(0), spans=spans)
 
     async def stop(self) -> None:
         self.is_stopped = True
@@ -403,3 +412,14 @@ async def test_a_worker_that_dies_of_a_new_model_does_not_fail_it() -> None:
         await until(lambda: len(rig.launcher.launched) == 4 and rig.launcher.launched[3].epoch is not None)
         await settled(1)
         assert dead.is_stopped and all(worker.models == set(NAMES) for worker in rig.launcher.running)
+
+
+async def test_the_timeline_has_a_lane_for_every_place_in_the_pools() -> None:
+    async with running() as rig:
+        rig.worker("decode-1").is_dead = True
+        lanes = (await rig.supervisor.timeline(LookBack(within_s=60.0, max_spans=10)))["lanes"]
+        assert {lane["worker_id"]: (lane["missing"], len(lane["spans"])) for lane in lanes} == {
+            "prefill-0": (None, 10),
+            "decode-0": (None, 10),
+            "decode-1": ("its process is gone", 0),
+        }
