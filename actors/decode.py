@@ -95,6 +95,8 @@ class DecodeRole:
             self._fail(sequence, event.error)
 
     def _note_arrival(self, sequence: Sequence, event: KVCommitted) -> None:
+        if event.ended_s == event.began_s:  # computed here: nothing came
+            return
         nbytes = len(sequence.block_ids) * sequence.spec.kv.block_bytes
         self._meter.timeline.add(
             SpanKind.KV_IN, sequence.spec.model, event.began_s, event.ended_s, nbytes=nbytes, num_seqs=1, num_tokens=sequence.num_tokens

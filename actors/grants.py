@@ -1,4 +1,4 @@
-"""Grants: blocks of this worker that a prefill worker may fill, from the order to the last event of its transfer.
+"""Grants: blocks of this worker that a prefill worker, another or itself, may fill, from the order to the last event of its transfer.
 
 Owned by whom? The transfer while it runs; the sequence once it is committed; after a failure the quarantine, until the transport is quiet.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polymux.actors.engine import Engine
+from polymux.actors.local_orders import LocalOrders
 from polymux.actors.sequence import Phase, Sequence
 from polymux.transport.kv import KVCommitted, KVEdge, KVEvent, KVFailed, KVSink
-from polymux.transport.messages import Grant, Prefill
-from polymux.transport.units import Epoch, TransferId, pack_ids
+from polymux.transport.messages import Grant, Peer, Prefill
+from polymux.transport.units import TransferId, pack_ids
 
 EDGE_DEADLINE_S = 5.0  # to dial a prefill worker; it has the request's own deadline after that
 
@@ -20,17 +21,18 @@ EDGE_DEADLINE_S = 5.0  # to dial a prefill worker; it has the request's own dead
 class _Live:
     transfer_id: TransferId
     sequence: Sequence
-    edge: KVEdge
+    edge: KVEdge | LocalOrders
     block_ids: list[int]
 
 
 class Grants:
-    """The books of one decode worker's transfers."""
+    """The books of one decode worker's transfers. `peer` is that worker."""
 
-    def __init__(self, engine: Engine, sink: KVSink, epoch: Epoch) -> None:
+    def __init__(self, engine: Engine, sink: KVSink, local: LocalOrders, peer: Peer) -> None:
         self._engine = engine
         self._sink = sink
-        self._epoch = epoch
+        self._local = local
+        self._peer = peer
         self._live: dict[TransferId, _Live] = {}
         self._quarantine: dict[TransferId, _Live] = {}
 
@@ -38,7 +40,7 @@ class Grants:
         """Grant blocks for all tokens so far, send the order. Raises NoFreeBlocks, Overloaded, TransferError; then none is held."""
         command = sequence.command
         pool = self._engine.pool(sequence.spec.model)
-        edge = self._sink.open(command.prefill, EDGE_DEADLINE_S)
+        edge = self._edge(command.prefill)
         block_ids = pool.allocate(sequence.spec.kv.num_blocks(sequence.num_tokens))
         transfer_id = self._sink.next_transfer_id()
         remaining_s = sequence.deadline_s - self._engine.clock()
@@ -46,7 +48,7 @@ class Grants:
             transfer_id=transfer_id,
             layout_hash=sequence.spec.kv.layout_hash,
             block_ids=pack_ids(block_ids),
-            target_epoch=self._epoch,
+            target_epoch=self._peer.epoch,
             source_epoch=command.prefill.epoch,
         )
         prefill = Prefill(
@@ -70,6 +72,10 @@ class Grants:
             pool.free(block_ids)
             raise
         sequence.phase, sequence.transfer_id = Phase.PREFILLING, transfer_id
+
+    def _edge(self, prefill: Peer) -> KVEdge | LocalOrders:
+        is_here = (prefill.worker_id, prefill.epoch) == (self._peer.worker_id, self._peer.epoch)
+        return self._local if is_here else self._sink.open(prefill, EDGE_DEADLINE_S)
 
     def cancel(self, sequence: Sequence, reason: str) -> None:
         """End a sequence's transfer; its blocks go back when the transport says so."""

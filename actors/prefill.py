@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from polymux.actors.engine import Engine
+from polymux.actors.local_orders import LocalOrders, is_local
 from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
@@ -20,7 +21,7 @@ from polymux.actors.updates import token_update
 from polymux.disagg.prefill import PrefillPolicy, PrefillStep
 from polymux.disagg.views import PrefillView, PromptView
 from polymux.transport.errors import Cancelled, DeadlineExceeded, NoFreeBlocks, PolymuxError
-from polymux.transport.kv import KVSource, OrderRef
+from polymux.transport.kv import OrderRef
 from polymux.transport.messages import FinishReason, ModelLoad, ModelSpec, Prefill, Prefilled, SpanKind
 from polymux.transport.units import ModelName, SequenceId, unpack_ids
 
@@ -52,7 +53,7 @@ class Job:
 class PrefillRole:
     """Driven by the engine thread: `accept`, `cancel`, `released` for what came in, then `step` while it returns True."""
 
-    def __init__(self, engine: Engine, source: KVSource, policy: PrefillPolicy[Any], meter: Meter, outbox: Outbox) -> None:
+    def __init__(self, engine: Engine, source: LocalOrders, policy: PrefillPolicy[Any], meter: Meter, outbox: Outbox) -> None:
         self._engine = engine
         self._source = source
         self._policy = policy
@@ -78,6 +79,7 @@ class PrefillRole:
         if (older := self._jobs.get(command.sequence_id)) is not None:  # its decode worker was given up, and does not know it yet
             self._fail(older, Cancelled(f"sequence {command.sequence_id} was ordered anew"))
         self._num_accepted += 1
+        granted = unpack_ids(command.grant.block_ids)
         self._jobs[command.sequence_id] = Job(
             order=order,
             command=command,
@@ -86,6 +88,7 @@ class PrefillRole:
             deadline_s=self._engine.clock() + command.deadline_s,
             prompt_ids=unpack_ids(command.prompt_ids),
             output_ids=unpack_ids(command.output_ids),
+            block_ids=granted if is_local(order) else [],  # its own decode role's blocks: computed where they are wanted
         )
 
     def cancel(self, order: OrderRef, reason: str) -> None:
@@ -101,12 +104,13 @@ class PrefillRole:
             if job is None:
                 return
             del self._jobs[job.command.sequence_id]
-        if job.pushed_s is not None:
+        if job.pushed_s is not None and not is_local(order):
             nbytes = job.spec.kv.num_blocks(job.num_done) * job.spec.kv.block_bytes
             self._meter.timeline.add(
                 SpanKind.KV_OUT, job.spec.model, job.pushed_s, at_s, nbytes=nbytes, num_seqs=1, num_tokens=job.num_done
             )
-        self._engine.pool(job.spec.model).free(job.block_ids)
+        if not is_local(order):
+            self._engine.pool(job.spec.model).free(job.block_ids)
         job.block_ids = []
 
     def step(self) -> bool:
@@ -243,5 +247,5 @@ class PrefillRole:
                 waiting_tokens=sum(job.num_tokens - job.num_done for job in waiting[model]),
                 kv_tokens=sum(len(job.block_ids) * job.spec.kv.block_size for job in waiting[model]),
             )
-            for model in sorted(waiting.keys() | self._engine.residency.residents.keys())
+            for model in sorted(waiting)
         )

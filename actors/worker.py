@@ -1,6 +1,7 @@
-"""A worker: one process, one arena, one engine thread, one role of the pipeline, and the sockets around it. No Ray in here.
+"""A worker: one process, one arena, one engine thread, both roles of the pipeline, and the sockets around it. No Ray in here.
 
-The transport's threads only post into the mailbox; the engine thread alone touches engine and role.
+The transport's threads only post into the mailbox; the engine thread alone touches engine and roles. Which role a worker plays is what it
+is sent: prompts from decode workers, sequences from front doors, or both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.grants import Grants
+from polymux.actors.local_orders import LocalOrders
 from polymux.actors.mailbox import Mailbox
 from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
@@ -24,7 +26,7 @@ from polymux.actors.updates import failure
 from polymux.disagg.prefill import prefill_policy
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import Overloaded, PolymuxError, WorkerLost
-from polymux.transport.kv import KVEvent, KVSettings, KVSink, KVSource, OrderRef
+from polymux.transport.kv import KVSettings, KVSink, KVSource, OrderRef
 from polymux.transport.messages import (
     Cancel,
     Generate,
@@ -47,7 +49,17 @@ log = logging.getLogger("polymux.worker")
 STOP_S = 10.0  # for the engine thread to finish its step
 PUBLISH_S = 0.1  # how old a busy worker's snapshot may be
 
-_Snapshot = tuple[tuple[ModelLoad, ...], ModelName | None, int, int, int]
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """What the engine thread last said of itself."""
+
+    num_free_kv_bytes: int
+    num_blocks_out: int = 0
+    active: ModelName | None = None
+    loads: tuple[ModelLoad, ...] = ()
+    prefills: tuple[ModelLoad, ...] = ()
+    num_open: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +67,17 @@ class WorkerSettings:
     """Everything a worker needs to know, in one value that crosses the process once."""
 
     worker_id: WorkerId
-    role: Role
+    role: Role  # its first assignment; the controller may give it the other, or both
     arena_bytes: int
     engine: EngineSettings
     token: str = field(repr=False)  # the cluster's shared secret
     store_address: str
     host: str = "127.0.0.1"
     num_threads: int = 1
-    policy: str  # of `disagg.prefill` or `disagg.multiplex`, by role
-    policy_settings: tuple[tuple[str, float], ...] = ()
+    prefill_policy: str = "grouped_fcfs"  # of `disagg.prefill`
+    prefill_settings: tuple[tuple[str, float], ...] = ()
+    decode_policy: str = "wrr"  # of `disagg.multiplex`
+    decode_settings: tuple[tuple[str, float], ...] = ()
     kv: KVSettings = field(default_factory=KVSettings)
     probe_interval_s: float = 10.0  # how often an idle engine proves that it still computes
 
@@ -85,13 +99,16 @@ class Worker:
             on_client_lost=lambda client_id: self._mailbox.tell(lambda: self._client_lost(client_id)),
             host=settings.host,
         )
-        self._role: PrefillRole | DecodeRole | None = None
-        self._outbox: Outbox | None = None
-        self._kv: KVSource | KVSink | None = None
+        self._prefill: PrefillRole  # the roles and their ends of KV migration: from `serve` on
+        self._decode: DecodeRole
+        self._outbox: Outbox
+        self._source: KVSource | None = None
+        self._sink: KVSink | None = None
+        self._is_prefill_next = True
         self._thread = threading.Thread(target=self._run, name="polymux-engine", daemon=True)
         self._stopping = threading.Event()
         self._beat_s = self._engine.clock()
-        self._published: _Snapshot = ((), None, self._engine.blocks.num_free_bytes, 0, 0)
+        self._published = _Snapshot(self._engine.blocks.num_free_bytes)
         self._published_s = 0.0
         self._epoch = Epoch(0)
         self.address = ""
@@ -105,31 +122,48 @@ class Worker:
 
     def serve(self, epoch: Epoch) -> None:
         """Let peers in as this incarnation, and step."""
-        settings = self.settings
         hello = self._hello()
-        peer = Peer(worker_id=settings.worker_id, epoch=epoch, address=self.address, host_id=hello.host_id, pid=hello.pid)
+        peer = Peer(worker_id=hello.worker_id, epoch=epoch, address=self.address, host_id=hello.host_id, pid=hello.pid)
         self._epoch = epoch
         self._outbox = Outbox(peer, self._server.send)
-        if settings.role is Role.PREFILL:
-            source = KVSource(
-                server=self._server,
-                region=self._region,
-                host_id=hello.host_id,
-                on_order=self._on_order,
-                on_cancel=lambda ref, reason: self._mailbox.tell(lambda: self._prefill.cancel(ref, reason)),
-                on_released=lambda ref: self._mailbox.tell(partial(self._prefill.released, ref, self._engine.clock())),
-                settings=settings.kv,
-            )
-            self._kv = source
-            whole = {name: int(value) for name, value in settings.policy_settings}
-            self._role = PrefillRole(self._engine, source, prefill_policy(settings.policy, **whole), self._meter, self._outbox)
-        else:
-            sink = KVSink(region=self._region, identity=peer, token=settings.token, on_event=self._on_kv_event, settings=settings.kv)
-            self._kv = sink
-            policy = turn_policy(settings.policy, **dict(settings.policy_settings))
-            self._role = DecodeRole(self._engine, Grants(self._engine, sink, epoch), policy, self._meter, self._outbox)
+        self._source = self._make_source(hello.host_id)
+        self._sink = KVSink(
+            region=self._region,
+            identity=peer,
+            token=self.settings.token,
+            on_event=lambda event: self._mailbox.tell(lambda: self._decode.kv_event(event)),
+            settings=self.settings.kv,
+        )
+        self._make_roles(peer, self._source, self._sink)
         self._server.serve(epoch)
         self._thread.start()
+
+    def _make_source(self, host_id: str) -> KVSource:
+        def order(ref: OrderRef, prefill: Prefill) -> None:
+            try:
+                self._mailbox.post(lambda: self._prefill.accept(prefill, ref))
+            except Overloaded as error:
+                source.fail(ref, error)
+
+        source = KVSource(
+            server=self._server,
+            region=self._region,
+            host_id=host_id,
+            on_order=order,
+            on_cancel=lambda ref, reason: self._mailbox.tell(lambda: self._prefill.cancel(ref, reason)),
+            on_released=lambda ref: self._mailbox.tell(partial(self._prefill.released, ref, self._engine.clock())),
+            settings=self.settings.kv,
+        )
+        return source
+
+    def _make_roles(self, peer: Peer, source: KVSource, sink: KVSink) -> None:
+        settings, engine = self.settings, self._engine
+        local = LocalOrders(engine, source, self._mailbox.tell)
+        whole = {name: int(value) for name, value in settings.prefill_settings}
+        self._prefill = PrefillRole(engine, local, prefill_policy(settings.prefill_policy, **whole), self._meter, self._outbox)
+        turns = turn_policy(settings.decode_policy, **dict(settings.decode_settings))
+        self._decode = DecodeRole(engine, Grants(engine, sink, local, peer), turns, self._meter, self._outbox)
+        local.connect(self._prefill, self._decode)
 
     def add_model(self, spec: ModelSpec) -> None:
         """Make a model known here. Raises ConfigError when it could never run in this arena."""
@@ -142,8 +176,9 @@ class Worker:
         self._mailbox.wake()
         if self._thread.is_alive():
             self._thread.join(STOP_S)
-        if self._kv is not None:
-            self._kv.close()
+        for end in (self._sink, self._source):
+            if end is not None:
+                end.close()
         self._server.close()
         if not self._thread.is_alive():
             self._engine.close()
@@ -155,43 +190,17 @@ class Worker:
             self._mailbox.tell(partial(self._cancel, command))
             return
         try:
-            if not isinstance(self._role, DecodeRole):
-                raise PolymuxError(f"worker {self.settings.worker_id} is a prefill worker and takes no Generate")
-            self._mailbox.post(partial(self._role.accept, command, client_id))
+            self._mailbox.post(partial(self._decode.accept, command, client_id))
         except PolymuxError as error:
-            update = failure(command.sequence_id, len(command.output_ids) // 4, error)
-            assert self._outbox is not None
-            self._outbox.send_now(client_id, update)
-
-    def _on_order(self, ref: OrderRef, prefill: Prefill) -> None:
-        try:
-            self._mailbox.post(partial(self._prefill.accept, prefill, ref))
-        except Overloaded as error:
-            assert isinstance(self._kv, KVSource)
-            self._kv.fail(ref, error)
-
-    def _on_kv_event(self, event: KVEvent) -> None:
-        self._mailbox.tell(lambda: self._decode.kv_event(event))
-
-    # -- the engine thread --------------------------------------------------------------------------------------------
-
-    @property
-    def _prefill(self) -> PrefillRole:
-        assert isinstance(self._role, PrefillRole)
-        return self._role
-
-    @property
-    def _decode(self) -> DecodeRole:
-        assert isinstance(self._role, DecodeRole)
-        return self._role
+            self._outbox.send_now(client_id, failure(command.sequence_id, len(command.output_ids) // 4, error))
 
     def _cancel(self, command: Cancel) -> None:
-        if isinstance(self._role, DecodeRole):
-            self._role.cancel(command.sequence_id, command.reason)
+        self._decode.cancel(command.sequence_id, command.reason)
 
     def _client_lost(self, client_id: ClientId) -> None:
-        if isinstance(self._role, DecodeRole):
-            self._role.client_lost(client_id)
+        self._decode.client_lost(client_id)
+
+    # -- the engine thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         """Until `stop`, or an engine that no longer computes: `report` then says that this worker is lost, and another takes its place."""
@@ -210,30 +219,39 @@ class Worker:
 
     def _turn(self) -> bool:
         """Take in what came, and step once. False when there was nothing to step."""
-        assert self._role is not None and self._outbox is not None
         for event in self._mailbox.drain():
             self._guarded(event)
-        worked = self._guarded(self._role.step)
+        worked = self._guarded(self._step)
         self._outbox.flush()
         if not worked or self._engine.clock() - self._published_s > PUBLISH_S:
             self._publish()
         return worked is not False
 
+    def _step(self) -> bool:
+        """One step of one role; they take turns where both have something to do."""
+        roles: list[tuple[bool, Callable[[], bool]]] = [(True, self._prefill.step), (False, self._decode.step)]
+        for is_prefill, step in roles if self._is_prefill_next else reversed(roles):
+            if step():
+                self._is_prefill_next = not is_prefill
+                return True
+        return False
+
     def _guarded(self, work: Callable[[], bool | None]) -> bool | None:
         """Do it. An unexpected error ends every open sequence with its reason; what was posted behind it is still done."""
-        assert self._role is not None
         try:
             return work()
         except Exception as error:
             log.exception("worker.step_failed worker=%s", self.settings.worker_id)
-            self._role.fail_all(PolymuxError(f"worker {self.settings.worker_id}: {type(error).__name__}: {error}"))
+            reason = PolymuxError(f"worker {self.settings.worker_id}: {type(error).__name__}: {error}")
+            self._prefill.fail_all(reason)
+            self._decode.fail_all(reason)
             return None
 
     def _pause_s(self) -> float:
-        assert self._role is not None
-        deadline_s = self._role.next_deadline_s()
-        until_s = self.settings.probe_interval_s if deadline_s is None else deadline_s - self._engine.clock()
-        return min(max(until_s, 0.001), self.settings.probe_interval_s)
+        now_s, probe_s = self._engine.clock(), self.settings.probe_interval_s
+        deadlines = (self._prefill.next_deadline_s(), self._decode.next_deadline_s())
+        until_s = min((deadline_s - now_s for deadline_s in deadlines if deadline_s is not None), default=probe_s)
+        return min(max(until_s, 0.001), probe_s)
 
     def _probe(self) -> bool:
         try:
@@ -252,20 +270,21 @@ class Worker:
         has_started = self._thread.ident is not None
         if has_started and not self._thread.is_alive() and not self._stopping.is_set():
             raise WorkerLost(f"the engine thread of worker {self.settings.worker_id} has ended; its log says why")
-        loads, active, free_bytes, blocks_out, num_open = self._published
+        seen = self._published
         age_s = self._engine.clock() - self._beat_s
-        is_idle = num_open == 0 and age_s < 2 * self.settings.probe_interval_s
+        is_idle = seen.num_open == 0 and age_s < 2 * self.settings.probe_interval_s
         return WorkerReport(
             worker_id=self.settings.worker_id,
             epoch=self._epoch,
-            active_model=active,
-            loads=loads,
+            active_model=seen.active,
+            loads=seen.loads,
+            prefills=seen.prefills,
             costs=self._meter.costs(),
             switch_bytes_per_s=self._meter.switch_bytes_per_s,
-            num_free_kv_bytes=free_bytes,
-            num_blocks_out=blocks_out,
+            num_free_kv_bytes=seen.num_free_kv_bytes,
+            num_blocks_out=seen.num_blocks_out,
             last_step_age_s=None if is_idle else age_s,
-            counters=self._meter.counters(self._kv.snapshot() if isinstance(self._kv, KVSink) else ()),  # one side counts a transfer
+            counters=self._meter.counters(self._sink.snapshot() if self._sink is not None else ()),  # one side counts a transfer
         )
 
     def timeline(self, look: LookBack) -> WorkerTimeline:
@@ -275,14 +294,14 @@ class Worker:
 
     def _publish(self) -> None:
         """Swap in a new snapshot; one assignment, so that readers see the old one or the new one."""
-        assert self._role is not None
         engine = self._engine
-        self._published = (
-            self._role.loads(),
-            engine.residency.active,
-            engine.blocks.num_free_bytes,
-            engine.blocks.num_out,
-            self._role.num_open,
+        self._published = _Snapshot(
+            num_free_kv_bytes=engine.blocks.num_free_bytes,
+            num_blocks_out=engine.blocks.num_out,
+            active=engine.residency.active,
+            loads=self._decode.loads(),
+            prefills=self._prefill.loads(),
+            num_open=self._prefill.num_open + self._decode.num_open,
         )
         self._published_s = engine.clock()
 

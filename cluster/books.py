@@ -87,7 +87,7 @@ class WorkerBook:
 
     def report(self, report: WorkerReport, *, now_s: float, lease_s: float) -> None:
         self.reported, self.reported_at_s, self.lease_until_s = report, now_s, now_s + lease_s
-        self.resident = frozenset(load.model for load in report.loads if load.is_resident)
+        self.resident = frozenset(load.model for load in (*report.loads, *report.prefills) if load.is_resident)
         if report.switch_bytes_per_s > 0:
             self.switch_bytes_per_s = report.switch_bytes_per_s
         for sequence_id, promise in list(self.unsettled.items()):  # in the order in which they were made
@@ -153,7 +153,7 @@ class PrefillBook(WorkerBook):
     def report(self, report: WorkerReport, *, now_s: float, lease_s: float) -> None:
         super().report(report, now_s=now_s, lease_s=lease_s)
         work_s = sum(promise.busy_s for promise in self.unsettled.values())
-        for load in report.loads:
+        for load in report.prefills:
             if load.num_waiting > 0 and load.model in self.costs:
                 base, per_token, per_square = self.costs[load.model]
                 mean_tokens = load.waiting_tokens / load.num_waiting
@@ -165,7 +165,7 @@ class PrefillBook(WorkerBook):
     def view(self) -> PrefillWorkerView:
         if self._view is None:
             waiting = dict(self._waiting)
-            for load in self.reported.loads if self.reported else ():
+            for load in self.reported.prefills if self.reported else ():
                 if load.num_waiting:
                     waiting[load.model] = waiting.get(load.model, 0) + load.num_waiting
             self._view = PrefillWorkerView(

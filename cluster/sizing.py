@@ -35,7 +35,6 @@ def worker_settings(
             f"pools.{role}.arena_bytes={arena_bytes} keeps {reserve} bytes for weights (1 - engine.kv_fraction) and {largest.model} takes "
             f"{largest.weight_bytes}; raise it to {int(largest.weight_bytes / (1 - config.engine.kv_fraction)) + MIB} or more"
         )
-    is_prefill = role is Role.PREFILL
     policies = config.policies
     return WorkerSettings(
         worker_id=worker_id,
@@ -52,8 +51,10 @@ def worker_settings(
         store_address=store_address,
         host=config.transport.listen_host or "127.0.0.1",
         num_threads=num_threads(pool, num_workers),
-        policy=policies.prefill if is_prefill else policies.decode,
-        policy_settings=(("max_group_size", policies.max_group_size),) if is_prefill else (("max_quota_s", policies.max_quota_s),),
+        prefill_policy=policies.prefill,
+        prefill_settings=(("max_group_size", policies.max_group_size),),
+        decode_policy=policies.decode,
+        decode_settings=(("max_quota_s", policies.max_quota_s),),
         probe_interval_s=config.engine.probe_interval_s,
         kv=KVSettings(backend=config.transport.backend, silence_s=config.transport.transfer_timeout_s),
     )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from polymux.cluster.books import PrefillBook, WorkerBook
 from polymux.cluster.pool import Pool, counters_of
 from polymux.cluster.topology import ModelState, ModelStatus, Topology, WorkerState, WorkerStatus
-from polymux.transport.messages import ModelSpec
-from polymux.transport.units import WorkerId
+from polymux.transport.messages import ModelLoad, ModelSpec, WorkerReport
+from polymux.transport.units import ModelName, WorkerId
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ def _worker(book: WorkerBook, pool: Pool, now_s: float) -> WorkerStatus:
         pid=hello.pid,
         arena_bytes=hello.arena_bytes,
         active_model=report.active_model if report else None,
-        loads=report.loads if report else (),
+        loads=_merged(report) if report else (),
         num_placed=len(book.placed),
         busy_s=max(0.0, book.busy_until_s - now_s) if isinstance(book, PrefillBook) else 0.0,
         num_free_kv_bytes=report.num_free_kv_bytes if report else 0,
@@ -78,6 +78,26 @@ def _worker(book: WorkerBook, pool: Pool, now_s: float) -> WorkerStatus:
         report_age_s=now_s - book.reported_at_s if report else None,
         step_age_s=book.step_age_s(now_s),
         counters=dict(counters_of(book)),
+    )
+
+
+def _merged(report: WorkerReport) -> tuple[ModelLoad, ...]:
+    """Both roles' work, one entry a model."""
+    found: dict[ModelName, ModelLoad] = {}
+    for load in (*report.loads, *report.prefills):
+        other = found.get(load.model)
+        found[load.model] = load if other is None else _sum(load, other)
+    return tuple(found[model] for model in sorted(found))
+
+
+def _sum(one: ModelLoad, other: ModelLoad) -> ModelLoad:
+    return ModelLoad(
+        model=one.model,
+        is_resident=one.is_resident or other.is_resident,
+        num_waiting=one.num_waiting + other.num_waiting,
+        num_running=one.num_running + other.num_running,
+        waiting_tokens=one.waiting_tokens + other.waiting_tokens,
+        kv_tokens=one.kv_tokens + other.kv_tokens,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine, EngineSettings
+from polymux.actors.local_orders import LocalOrders
 from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
 from polymux.actors.prefill import PrefillRole
@@ -165,7 +166,8 @@ def order(sequence_id: str, model: ModelName, num_tokens: int, number: int) -> t
 def prefill_role(engine: Engine) -> tuple[PrefillRole, FakeSource]:
     source = FakeSource()
     outbox = Outbox(PEER, lambda _client, _frame: True)
-    return PrefillRole(engine, source, prefill_policy("grouped_fcfs"), Meter(), outbox), source  # type: ignore[arg-type]
+    orders = LocalOrders(engine, source, lambda call: call())
+    return PrefillRole(engine, orders, prefill_policy("grouped_fcfs"), Meter(), outbox), source
 
 
 def test_short_prompts_do_not_overtake_a_long_one_that_waits_for_blocks() -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -57,7 +58,6 @@ class Pair:
                 ),
                 token=TOKEN,
                 store_address=self.store.address,
-                policy="grouped_fcfs" if role is Role.PREFILL else "wrr",
                 kv=self._kv,
             )
         )
@@ -81,18 +81,26 @@ class Pair:
                 self._received[update.sequence_id].put_nowait(update)
 
     async def send(
-        self, spec: ModelSpec, prompt: list[int], sampling: SamplingParams, outputs: tuple[int, ...] = (), deadline_s: float = 30
+        self,
+        spec: ModelSpec,
+        prompt: list[int],
+        sampling: SamplingParams,
+        outputs: tuple[int, ...] = (),
+        deadline_s: float = 30,
+        roles: tuple[Worker, Worker] | None = None,
     ) -> str:
+        """`roles`: who prefills and who decodes."""
+        prefill, decode = roles or (self.prefill, self.decode)
         sequence_id = SequenceId(f"s{next(self._ids)}")
         self._received[sequence_id] = asyncio.Queue()
-        await self.links[1].send(
+        await self.links[0 if decode is self.prefill else 1].send(
             Generate(
                 sequence_id=sequence_id,
                 model=spec.model,
                 prompt_ids=pack_ids(prompt),
                 output_ids=pack_ids(outputs),
                 sampling=sampling,
-                prefill=self.peer(self.prefill),
+                prefill=self.peer(prefill),
                 deadline_s=deadline_s,
                 ttft_slo_s=10.0,
                 tpot_slo_s=0.1,
@@ -165,6 +173,36 @@ async def test_sequences_of_two_models_mix_and_give_what_each_gives_alone() -> N
         assert together == alone
         counters = dict(pair.decode.report().counters)
         assert counters["model_switches"] >= 2 and counters["kv_transfers_committed"] == 2 * len(asks)
+
+
+async def test_a_worker_prefills_and_decodes_as_it_is_asked() -> None:
+    """Both ways between two workers and within each, at the same time: the same tokens, and no block moves within one."""
+    async with running_pair(batch_invariant=True) as pair:
+        spec, (one, other) = pair.specs[NAMES[0]], (pair.prefill, pair.decode)
+        prompts = [prompt_of(spec, 70, salt) for salt in range(3)]
+        expected = [await pair.generate(spec, prompt) for prompt in prompts]
+        ids = [
+            (await pair.send(spec, prompt, GREEDY, roles=roles), tokens)
+            for prompt, tokens in zip(prompts, expected, strict=True)
+            for roles in ((one, other), (other, one), (one, one), (other, other))
+        ]
+        for sequence_id, tokens in ids:
+            assert await pair.collect(sequence_id) == (tokens, mock.ANY)
+        committed = [dict(worker.report().counters)["kv_transfers_committed"] for worker in (one, other)]
+        assert committed == [len(prompts), 2 * len(prompts)]
+
+
+async def test_a_prompt_that_a_worker_prefills_for_itself_can_be_cancelled_at_any_time() -> None:
+    async with running_pair() as pair:
+        spec, roles = pair.specs[NAMES[0]], (pair.decode, pair.decode)
+        for pause_s in (0.0, 0.001, 0.005, 0.02):
+            ids = [await pair.send(spec, prompt_of(spec, 150, salt), GREEDY, roles=roles) for salt in range(4)]
+            await asyncio.sleep(pause_s)
+            for sequence_id in ids[1:]:
+                await pair.links[1].send(Cancel(sequence_id=SequenceId(sequence_id), reason="test"))
+            tokens, last = await pair.collect(ids[0])
+            assert last.error is None and len(tokens) == GREEDY.max_tokens
+            await pair.check_whole()
 
 
 async def test_a_sampled_sequence_is_the_same_after_preemption() -> None:

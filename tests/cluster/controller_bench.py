@@ -57,11 +57,14 @@ class Bench:
         return self.controller.join(hello).epoch
 
     def report(self, worker_id: str, epoch: int, *loads: ModelLoad, **changes: Any) -> None:
+        """`loads` are of the role that the worker's name begins with."""
+        is_prefill = worker_id.startswith("p")
         report = WorkerReport(
             worker_id=WorkerId(worker_id),
             epoch=Epoch(epoch),
             active_model=None,
-            loads=loads,
+            loads=() if is_prefill else loads,
+            prefills=loads if is_prefill else (),
             costs=(),
             switch_bytes_per_s=1e9,
             num_free_kv_bytes=32 * MIB,
