@@ -96,6 +96,11 @@ class BlockPool:
         flat = source.memory[: num_blocks * layout.block_bytes].view(TORCH_DTYPES[layout.dtype])
         return flat.view(num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
 
+    @property
+    def slabs(self) -> list[int]:
+        """The slabs that it holds at present."""
+        return list(self._used_in)
+
     def ids_of(self, slab: int) -> range:
         """The block ids wholly inside a slab."""
         size, block = self._source.slab_bytes, self.layout.block_bytes

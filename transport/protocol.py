@@ -22,6 +22,7 @@ class PeerKind(enum.StrEnum):
     KV_DATA = "kv_data"  # the same edge's bytes, where they go by TCP
     KV_REGION = "kv_region"  # the same edge's memory, where it is shared: hands the descriptor over, then stays open as the fence
     IMAGE = "image"  # a worker that fetches weight images
+    HOST_TIER = "host_tier"  # a worker that fetches the node's host memory for KV, from the same socket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,3 +176,11 @@ class ImageReply:
 
     manifest_bytes: int
     image_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostTierTerms:
+    """The store's answer to a worker of kind HOST_TIER, all zero where it has none. Otherwise the descriptor comes beside it."""
+
+    tier_bytes: int
+    slab_bytes: int

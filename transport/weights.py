@@ -1,9 +1,11 @@
-"""Weight images between the processes of one node: the store serves descriptors, workers read the bytes at their own pace.
+"""What a node's store hands to its workers: descriptors of weight images, whose bytes they read at their own pace, and of the host tier.
 
     worker                         store
     handshake (kind "image")  -->
     ImageRequest(model)       -->  builds or looks up the image, however long that takes within the worker's deadline
                               <--  ImageReply, the manifest's bytes, the descriptor; or Refusal(error)
+    or handshake (kind "host_tier")
+                              <--  HostTierTerms, the descriptor
 
 The descriptor is read-only where the store says so, and outlives eviction in the store: the memory goes with its last reader.
 """
@@ -23,7 +25,8 @@ from polymux.transport.descriptors import dial_abstract, listen_abstract, receiv
 from polymux.transport.errors import CheckpointError, PolymuxError, WireError
 from polymux.transport.frames import Steps, drive_blocking, frame, read_frame
 from polymux.transport.handshake import Introduction, accept, check_target, check_token, dial, from_report, report
-from polymux.transport.protocol import ImageReply, ImageRequest, PeerKind, Refusal
+from polymux.transport.host_tier import OpenTier
+from polymux.transport.protocol import HostTierTerms, ImageReply, ImageRequest, PeerKind, Refusal
 from polymux.transport.units import MIB, Epoch, ModelName
 from polymux.transport.wire import MAX_BULK_BYTES, decode, decode_as, encode
 
@@ -60,15 +63,24 @@ class OpenImage:
 class ImageServer:
     """`open_image(model)` returns the manifest and a descriptor that the server closes, or raises a PolymuxError, which travels.
 
+    `open_tier()` returns the slab size and a descriptor of the node's host tier; None: the node has none.
+
     It is called from a few threads of the server's own. More than `max_waiting` fetches at once are hung up on.
     """
 
     def __init__(
-        self, *, token: str, open_image: Callable[[ModelName], tuple[bytes, int]], num_threads: int = 4, max_waiting: int = 64
+        self,
+        *,
+        token: str,
+        open_image: Callable[[ModelName], tuple[bytes, int]],
+        open_tier: Callable[[], tuple[int, int]] | None = None,
+        num_threads: int = 4,
+        max_waiting: int = 64,
     ) -> None:
         check_token(token)
         self._token = token
         self._open_image = open_image
+        self._open_tier = open_tier
         self._places = threading.BoundedSemaphore(max_waiting)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="polymux-images")
         self._listener, name = listen_abstract("images")
@@ -106,17 +118,32 @@ class ImageServer:
 
     def _answer(self, sock: socket.socket) -> None:
         def decide(intro: Introduction) -> bytes:
-            if intro.kind is not PeerKind.IMAGE:
-                raise WireError(f"this socket serves weight images, not peers of kind {intro.kind}")
+            if intro.kind not in (PeerKind.IMAGE, PeerKind.HOST_TIER):
+                raise WireError(f"this socket serves weight images and host memory, not peers of kind {intro.kind}")
             check_target(intro, _TARGET, _EPOCH)
             return b""
 
         try:
-            drive_blocking(accept(self._token, decide), sock, _HANDSHAKE_S)
+            intro = drive_blocking(accept(self._token, decide), sock, _HANDSHAKE_S)
+            if intro.kind is PeerKind.HOST_TIER:
+                self._send_tier(sock)
+                return
             request = decode_as(ImageRequest, drive_blocking(read_frame(), sock, _HANDSHAKE_S))
             self._send_image(sock, ModelName(request.model))
         except (PolymuxError, OSError) as error:
             log.info("image.refused error=%s", error)
+
+    def _send_tier(self, sock: socket.socket) -> None:
+        if self._open_tier is None:
+            drive_blocking(_send(encode(HostTierTerms(tier_bytes=0, slab_bytes=0))), sock, _REPLY_S)
+            return
+        slab_bytes, fd = self._open_tier()
+        try:
+            terms = HostTierTerms(tier_bytes=os.fstat(fd).st_size, slab_bytes=slab_bytes)
+            drive_blocking(_send(encode(terms)), sock, _REPLY_S)
+            send_fd(sock, fd)
+        finally:
+            os.close(fd)
 
     def _send_image(self, sock: socket.socket, model: ModelName) -> None:
         try:
@@ -151,6 +178,17 @@ def fetch_image(address: str, token: str, model: ModelName, deadline_s: float) -
         os.close(fd)
         raise WireError(f"the image of {model} is {size} bytes, not the {reply.image_bytes} announced")
     return OpenImage(manifest, fd, reply.image_bytes)
+
+
+def fetch_host_tier(address: str, token: str, deadline_s: float) -> OpenTier | None:
+    """Ask the node's store for its host memory; None when it has none. Raises as `fetch_image` does."""
+    with dial_abstract(unix_name(address), deadline_s) as sock:
+        intro = Introduction(kind=PeerKind.HOST_TIER, peer_id=str(os.getpid()), target=_TARGET, epoch=_EPOCH, body=b"")
+        drive_blocking(dial(intro, token), sock, deadline_s)
+        terms = decode_as(HostTierTerms, drive_blocking(read_frame(), sock, deadline_s))
+        if not terms.tier_bytes:
+            return None
+        return OpenTier(receive_fd(sock, deadline_s), terms.tier_bytes, terms.slab_bytes)
 
 
 def read_image(fd: int, into: memoryview, offset: int, nbytes: int) -> None:

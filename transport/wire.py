@@ -70,6 +70,7 @@ _TAGS: dict[int, type] = {
     79: protocol.Released,
     80: protocol.ImageRequest,
     81: protocol.ImageReply,
+    82: protocol.HostTierTerms,
 }
 _TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
 

@@ -1,0 +1,129 @@
+"""The copier: one thread that moves KV blocks between two memories of a worker while its engine computes.
+
+Blocks of a copy under way are the copy's: neither end may be freed, read or written before `on_done` was called. It is called
+exactly once for every copy that was submitted, on the engine thread (`post` brings it there), whatever becomes of the copier.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from polymux.transport.errors import Cancelled, Overloaded, PolymuxError
+from polymux.transport.units import MIB
+
+log = logging.getLogger("polymux.copier")
+
+MAX_PIECE_BYTES = 8 * MIB  # about a millisecond: how long a stop waits, and how long one call keeps its core
+STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """The end of a copy. With `error` set, the target holds nothing of use and the source is whole."""
+
+    num_blocks: int
+    nbytes: int
+    began_s: float  # monotonic; from its first byte, not from its submission
+    ended_s: float
+    error: PolymuxError | None = None
+
+
+OnDone = Callable[[Copied], None]
+CopyBlocks = Callable[[Tensor, Sequence[int], Tensor, Sequence[int]], Iterator[None]]
+
+
+def copy_blocks(source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]) -> Iterator[None]:
+    """Copy blocks between two `BlockPool.kv` of one layout, a piece at each `next`. Neighbours on both sides become one copy.
+
+    By memmove, which holds no lock and starts no threads: torch's own copy would take the compute threads' cores.
+    """
+    block_bytes = source[0].nbytes
+    per_piece = max(MAX_PIECE_BYTES // block_bytes, 1)
+    first = 0
+    for i in range(1, len(source_ids) + 1):
+        goes_on = i < len(source_ids) and source_ids[i] - source_ids[i - 1] == target_ids[i] - target_ids[i - 1] == 1
+        if goes_on and i - first < per_piece:
+            continue
+        from_address = source.data_ptr() + source_ids[first] * block_bytes
+        ctypes.memmove(target.data_ptr() + target_ids[first] * block_bytes, from_address, (i - first) * block_bytes)
+        first = i
+        yield
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    source: Tensor
+    source_ids: Sequence[int]
+    target: Tensor
+    target_ids: Sequence[int]
+    on_done: OnDone
+
+
+class Copier:
+    """First come, first served, at most `max_queued` at once. `submit` and `close` are the engine thread's."""
+
+    def __init__(self, post: Callable[[Callable[[], None]], None], *, copy: CopyBlocks = copy_blocks, max_queued: int = 4096) -> None:
+        self._post = post
+        self._copy = copy
+        self._max_queued = max_queued
+        self._queue: deque[_Copy] = deque()
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="polymux-copier", daemon=True)
+        self._thread.start()
+
+    def submit(self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int], on_done: OnDone) -> None:
+        """Copy block `source_ids[i]` of `source` to block `target_ids[i]` of `target`, both `BlockPool.kv` of one layout.
+
+        Raises Overloaded when too many wait, or the copier is closed; `on_done` is not called then.
+        """
+        assert len(source_ids) == len(target_ids) and source.shape[1:] == target.shape[1:]
+        with self._changed:
+            if self._is_closing or len(self._queue) >= self._max_queued:
+                raise Overloaded(f"the copier is closed, or {self._max_queued} copies wait for it")
+            self._queue.append(_Copy(source, source_ids, target, target_ids, on_done))
+            self._changed.notify()
+
+    def close(self) -> bool:
+        """End the copy under way after its piece, and all that wait, with Cancelled. False when its thread does not end."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join(STOP_S)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (copy := self._next()) is not None:
+            began_s = time.monotonic()
+            error = self._try(copy)
+            num_blocks = len(copy.source_ids)
+            nbytes = num_blocks * copy.source[0].nbytes
+            done = Copied(num_blocks=num_blocks, nbytes=nbytes, began_s=began_s, ended_s=time.monotonic(), error=error)
+            self._post(partial(copy.on_done, done))
+
+    def _next(self) -> _Copy | None:
+        with self._changed:
+            while not self._queue and not self._is_closing:
+                self._changed.wait()
+            return self._queue.popleft() if self._queue else None
+
+    def _try(self, copy: _Copy) -> PolymuxError | None:
+        try:
+            for _ in self._copy(copy.source, copy.source_ids, copy.target, copy.target_ids):
+                if self._is_closing:
+                    break
+            return Cancelled("the worker is stopping") if self._is_closing else None
+        except PolymuxError as error:
+            return error
+        except Exception as error:
+            log.exception("copier.failed")
+            return PolymuxError(f"copying {len(copy.source_ids)} KV blocks failed: {type(error).__name__}: {error}")
