@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from polymux.actors.weights.huge_pages import use_huge_pages
+from polymux.transport.bulk_copy import copy_bytes
 from polymux.transport.errors import ConfigError, OutOfMemory
 from polymux.transport.region import Region
 from polymux.transport.units import KIB, MIB
@@ -95,6 +96,17 @@ class Arena:
 
     def free_weights(self, span: Span) -> None:
         self._weights.remove(span)
+
+    def move_weights(self, span: Span, offset: int) -> Span:
+        """Copy a range's bytes to `offset`, which may overlap it, and hold them there. Nobody may read or write it meanwhile."""
+        self._weights.remove(span)
+        try:
+            moved = self.place_weights(span.nbytes, offset)
+        except OutOfMemory:
+            bisect.insort(self._weights, span, key=lambda s: s.offset)
+            raise
+        copy_bytes(self.region.buffer[moved.offset : moved.end], self.region.buffer[span.offset : span.end])
+        return moved
 
     def take_slab(self) -> int | None:
         """The highest free slab clear of the weights and of their reserve; None when there is none."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from polymux.actors.arena import Arena
 from polymux.actors.kv_blocks import BlockManager, BlockPool
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
-from polymux.actors.weights.residency import ImageSource, Residency, Resident, Switch
+from polymux.actors.weights.load import ImageSource
+from polymux.actors.weights.residency import Residency, Switch
 from polymux.transport.errors import ConfigError, ModelNotFound, PolymuxError
 from polymux.transport.messages import ModelSpec
 from polymux.transport.region import Region
@@ -46,7 +47,7 @@ class Engine:
         self.clock = clock
         self.arena = Arena(region, weight_reserve_bytes=settings.weight_reserve_bytes, slab_bytes=settings.slab_bytes)
         self.blocks = BlockManager(self.arena)
-        self.residency = Residency(self.arena, source, clock, on_evict=self._unbind)
+        self.residency = Residency(self.arena, source, clock, on_leave=self._unbind)
         self.specs: dict[ModelName, ModelSpec] = {}
         self._runner = ModelRunner(batch_invariant=settings.batch_invariant)
         self._bound: dict[ModelName, BoundModel] = {}
@@ -76,23 +77,31 @@ class Engine:
         return self.blocks.pool(self.spec(model).kv)
 
     def activate(self, model: ModelName, wanted: Collection[ModelName] = ()) -> Switch | None:
-        """Make `model` the active one; None when it already was. Raises as `Residency.switch`, the former model then still active."""
+        """Make `model` the active one, as soon as its first layer can run; None when it already was.
+
+        Raises as `Residency.switch`, the former model then still active.
+        """
         if self.residency.active == model:
             return None
-        spec = self.spec(model)
-        try:
-            switch = self.residency.switch(spec, wanted=wanted)
-        except OSError as error:
-            raise PolymuxError(f"loading {model} failed: {error}") from error
-        self._bind(model)
-        return switch
+        return self.residency.switch(self.spec(model), wanted=wanted)
+
+    def prefetch(self, model: ModelName | None, wanted: Collection[ModelName] = ()) -> bool:
+        """Begin to load the model that is likely to be active next, in the background; nothing is waited for.
+
+        False when there is none, when it is resident or on its way, or when others' weights are worth more than the time it would save.
+        """
+        return model is not None and model in self.specs and self.residency.prefetch(self.specs[model], wanted=wanted)
 
     def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Step the active model: fp32 logits [R, vocab]. Raises PolymuxError when no model is active."""
+        """Step the active model: fp32 logits [R, vocab]. Layers still on their way are waited for one by one.
+
+        Raises PolymuxError when no model is active, and what a load under way met; the model before is active again then.
+        """
         active = self.residency.active
         if active is None:
             raise PolymuxError("no model is active: the last switch failed")
-        return self._bind(active).forward(batch, on_layer)
+        is_whole = self.residency.residents[active].load is None
+        return self._bind(active).forward(batch, on_layer, None if is_whole else self.residency.await_layer)
 
     def probe(self) -> bool:
         """One token through the active model, in a block of its own: does it still compute? True when there is nothing to probe with."""
@@ -114,10 +123,10 @@ class Engine:
             self._bound[model] = self._runner.bind(resident.manifest, resident.weights, self.pool(model).kv)
         return self._bound[model]
 
-    def _unbind(self, resident: Resident) -> None:
-        self._bound.pop(resident.spec.model, None)
+    def _unbind(self, model: ModelName) -> None:
+        self._bound.pop(model, None)
 
     def close(self) -> None:
+        self.residency.close()
         self._bound.clear()
-        self.residency.residents.clear()
         self.arena.close()

@@ -79,10 +79,15 @@ class BoundModel:
         self._device = device
         self._planner = Planner(cache.shape, cache.kv.element_size(), device, skeleton.batch_invariant)
 
-    def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """fp32 logits [R, vocab]; `on_layer(i)` is called once layer i's K and V of this batch are in the cache."""
+    def forward(
+        self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None, before_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """fp32 logits [R, vocab]; `on_layer(i)` is called once layer i's K and V of this batch are in the cache.
+
+        `before_layer(i)` is called before layer i's weights are read; with num_layers before the last norm's and the head's.
+        """
         with torch.inference_mode():
-            return self._skeleton.forward(self._weights, self._cache, self._step(batch), on_layer)
+            return self._skeleton.forward(self._weights, self._cache, self._step(batch), on_layer, before_layer)
 
     def _step(self, batch: ForwardBatch) -> Step:
         slices, num_tokens = batch.slices, batch.token_ids.shape[0]

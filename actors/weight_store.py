@@ -17,6 +17,7 @@ from polymux.actors.tokenizer import Tokenizer
 from polymux.actors.weights.checkpoint import Checkpoint
 from polymux.actors.weights.image import ImageManifest, build_image
 from polymux.transport.errors import ConfigError, ModelNotFound, OutOfMemory
+from polymux.transport.image_maps import seal
 from polymux.transport.messages import ITEM_BYTES, ModelSpec
 from polymux.transport.units import ModelName
 
@@ -138,9 +139,10 @@ class WeightStore:
         """Room is made for the checkpoint's size first, since a packed image is never much larger; the budget holds exactly afterwards."""
         self._make_room(checkpoint.nbytes, stored)
         started_s = self._clock()
-        fd = os.memfd_create(f"polymux-{stored.source.model}"[:200], os.MFD_CLOEXEC)
+        fd = os.memfd_create(f"polymux-{stored.source.model}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             stored.manifest = build_image(checkpoint, fd, dtype=stored.spec.dtype, layout=self._layout)
+            seal(fd)  # workers map it, and check its bytes once
             self._make_room(stored.manifest.nbytes, stored)
         except BaseException:
             os.close(fd)

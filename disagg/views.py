@@ -138,6 +138,17 @@ class ResidentView:
     reuse_chance: float  # in [0, 1], `eviction.Popularity.chance`
     has_work: bool  # sequences of it wait or run here
     is_locked: bool  # active, loading or pinned: never leaves
+    is_fixed: bool = False  # being written to: never moves
+    turns_ahead: int = 0  # of models with work, how many have their turn before it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedView:
+    """Bytes kept because they may save work: one holder's cached KV, or one resident that may leave."""
+
+    holder: str  # unique among those compared
+    nbytes: int
+    value: float  # expected seconds saved, a byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,19 +72,33 @@ class Decoder:
         self._scale = config.head_dim**-0.5
         self._num_qk_heads = config.num_heads + config.num_kv_heads
 
-    def forward(self, weights: ModelWeights, cache: ops.PagedCache, step: Step, on_layer: Callable[[int], None] | None) -> Tensor:
-        """Logits [R, V] fp32; the K and V of the step's tokens are in the cache afterwards."""
+    def forward(
+        self,
+        weights: ModelWeights,
+        cache: ops.PagedCache,
+        step: Step,
+        on_layer: Callable[[int], None] | None,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Logits [R, V] fp32; the K and V of the step's tokens are in the cache afterwards.
+
+        `before_layer(i)` returns once layer i's weights may be read, and for i = num_layers those after the layers; the embedding's may be.
+        """
         config = self.config
         cos, sin = self._rotary.at(step.positions, step.max_position)
         x = ops.embed(weights.embedding, step.token_ids, config.hidden_size)
         attended = x.new_zeros(x.shape[0], config.num_heads, config.head_dim)
         for i, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
+            if before_layer is not None:
+                before_layer(i)
             q, k, v = self._by_rows(self._project, layer, x, cos, sin)
             ops.kv_write(cache, i, k, v, step.writes)
             if on_layer is not None:
                 on_layer(i)
             ops.attend(q, k, v, cache, i, step.attention[window], self._scale, attended)
             (x,) = self._by_rows(self._mix, layer, x, attended)
+        if before_layer is not None:
+            before_layer(config.num_layers)
         if step.logits_rows is not None:
             x = x[step.logits_rows]
         if not x.shape[0]:

@@ -1,0 +1,273 @@
+"""One weight image on its way into the arena: piece by piece in layer order, so that the first layers compute while the last still come.
+
+The work is cut into steps: open, the copies, and, for an image not yet checked here, a verification at the end. Whoever has time takes
+the next one: the loader's thread, and the engine's while it waits for bytes. A step that is claimed is finished by its claimer.
+
+A piece counts as landed when it and all before it were copied; that is noted, and waited for, under one lock, which orders the copier's
+writes before the reader's reads. An image that was never verified counts as landed only as a whole, and once its checksums agree.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from polymux.actors.weights.image import ImageManifest, verify_image
+from polymux.transport.bulk_copy import copy_bytes, piece_bytes
+from polymux.transport.errors import CheckpointError, ModelLoading, PolymuxError
+from polymux.transport.image_maps import ImageId, ImageMaps
+from polymux.transport.messages import ModelSpec
+from polymux.transport.units import ModelName
+from polymux.transport.weights import OpenImage, read_image
+
+LOAD_S = 180.0  # for an image to come in, whatever it takes to build it
+
+Work = Callable[[], None]
+
+
+class ImageSource(Protocol):
+    """Where weight images come from: the node's weight store. Called from the loader's thread as well as the engine's."""
+
+    def fetch(self, model: ModelName) -> OpenImage: ...
+
+
+Fetch = Callable[[ModelName], OpenImage]
+
+
+class Load:
+    """Steps over one target range; `changed` is the lock of everything here and is notified after every step."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        fetch: Fetch,
+        target: memoryview,
+        weights: Tensor,
+        maps: ImageMaps,
+        changed: threading.Condition,
+        *,
+        is_urgent: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.spec = spec
+        self.is_urgent = is_urgent
+        self.was_prefetch = not is_urgent
+        self.began_s = clock()
+        self.first_layer_s: float | None = None  # from the beginning to the first layer's last byte
+        self.ended_s: float | None = None
+        self.copy_s = 0.0  # spent in copies, by all threads together
+        self.error: PolymuxError | None = None
+        self._fetch, self._target, self._weights, self._maps, self._clock = fetch, target, weights, maps, clock
+        self._changed = changed
+        self._image: OpenImage | None = None
+        self._image_id: ImageId | None = None
+        self._bytes: memoryview | None = None  # the image, mapped; None: read it through its descriptor
+        self._manifest: ImageManifest | None = None
+        self._pieces: list[tuple[int, int]] = []
+        self._is_opened = self._is_verified = False
+        self._is_opening = self._is_verifying = self._is_cancelled = False
+        self._num_claimed = 0
+        self._copied: set[int] = set()  # pieces past the landed ones
+        self._num_landed = 0
+        self._num_running = self._num_copying = 0
+
+    # -- for the reader -----------------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> ImageManifest:
+        assert self._manifest is not None, "the image is not open yet"
+        return self._manifest
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of the copies so far."""
+        with self._changed:
+            return self._landed_bytes() / self.copy_s if self.copy_s > 0 else 0.0
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.ended_s is None and self.error is None and not self._is_cancelled
+
+    @property
+    def is_finished(self) -> bool:
+        """Every byte is in place and good."""
+        return self.ended_s is not None
+
+    def wait(self, num_groups: int | None = None) -> float:
+        """Until the first `num_groups` groups of the manifest are in place, or all; helps meanwhile. Returns the seconds it took.
+
+        Raises what the load met: CheckpointError, what the source raised, or ModelLoading after `LOAD_S`.
+        """
+        if self.is_finished:
+            return 0.0
+        began_s = self._clock()
+        with self._changed:
+            while not self._has(num_groups):
+                remaining_s = began_s + LOAD_S - self._clock()
+                step = self._claim(num_groups)
+                if step is not None:
+                    self._changed.release()
+                    try:
+                        self._run(step)
+                    finally:
+                        self._changed.acquire()
+                elif remaining_s <= 0 or not self._changed.wait(remaining_s):
+                    raise ModelLoading(f"the weights of {self.spec.model} did not arrive within {LOAD_S:.0f} s")
+        return self._clock() - began_s
+
+    def cancel(self) -> None:
+        """Stop, and return once nobody writes to the target any more. May be called twice, and after the end."""
+        with self._changed:
+            self._is_cancelled = True
+            self._changed.wait_for(lambda: not self._num_copying)  # other steps write nothing, and may take long
+            self._close_if_idle()
+
+    # -- for whoever works on it --------------------------------------------------------------------------------------
+
+    def claim(self) -> Work | None:
+        """The next step, to be called without the lock; None when there is none at present. The caller holds `changed`."""
+        step = self._claim(None)
+        return None if step is None else partial(self._run, step)
+
+    def _claim(self, num_groups: int | None) -> Work | None:
+        if self.error is not None or self._is_cancelled or self.is_finished:
+            return None
+        step: Work | None = None
+        if not self._is_opened:
+            if not self._is_opening:
+                self._is_opening, step = True, self._open
+        elif self._num_claimed < len(self._pieces) and self._pieces[self._num_claimed][0] < self._bytes_of(num_groups):
+            step = partial(self._copy, self._num_claimed)
+            self._num_claimed += 1
+            self._num_copying += 1
+        elif self._num_landed == len(self._pieces) and not self._is_verifying:
+            self._is_verifying, step = True, self._verify
+        self._num_running += step is not None
+        return step
+
+    def _run(self, step: Work) -> None:
+        error: PolymuxError | None = None
+        try:
+            step()
+        except PolymuxError as reason:
+            error = reason
+        except Exception as reason:
+            error = PolymuxError(f"loading {self.spec.model} failed: {type(reason).__name__}: {reason}")
+        with self._changed:
+            self.error = self.error or error
+            self._num_running -= 1
+            if self.ended_s is None and self.error is None and self._is_verified and self._num_landed == len(self._pieces):
+                self.ended_s = self._clock()
+            self._close_if_idle()
+            self._changed.notify_all()
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        try:
+            image = self._fetch(self.spec.model)
+            try:
+                manifest = ImageManifest.from_bytes(image.manifest)
+                self._check(manifest, image)
+                found = self._maps.open(image.fd, self._clock())
+            except BaseException:
+                image.close()
+                raise
+            pieces = cut(manifest, piece_bytes(manifest.nbytes))
+            with self._changed:
+                self._image, self._manifest, self._pieces, self._is_opened = image, manifest, pieces, True
+                if found is not None:
+                    self._image_id, self._bytes = found
+                    self._is_verified = self._maps.is_verified(found[0], image.manifest)
+        finally:
+            with self._changed:
+                self._is_opening = False
+
+    def _check(self, manifest: ImageManifest, image: OpenImage) -> None:
+        if manifest.digest != self.spec.digest or manifest.nbytes != self.spec.weight_bytes:
+            raise CheckpointError(
+                f"the weight image of {self.spec.model} has digest {manifest.digest} and {manifest.nbytes} bytes, not {self.spec.digest} "
+                f"and {self.spec.weight_bytes}; register it again"
+            )
+        if image.nbytes < manifest.nbytes:
+            raise CheckpointError(
+                f"the weight image of {self.spec.model} ends {manifest.nbytes - image.nbytes} bytes early; register it again"
+            )
+
+    def _copy(self, piece: int) -> None:
+        begin, end = self._pieces[piece]
+        began_s = self._clock()
+        try:
+            if self._bytes is not None:
+                copy_bytes(self._target[begin:end], self._bytes[begin:end])
+            else:
+                assert self._image is not None
+                read_image(self._image.fd, self._target[begin:end], begin, end - begin)
+        finally:
+            with self._changed:
+                self._num_copying -= 1
+        now_s = self._clock()
+        with self._changed:
+            self.copy_s += now_s - began_s
+            self._copied.add(piece)
+            while self._num_landed in self._copied:
+                self._copied.remove(self._num_landed)
+                self._num_landed += 1
+            if self.first_layer_s is None and self._landed_bytes() >= self._bytes_of(2):
+                self.first_layer_s = now_s - self.began_s
+
+    def _verify(self) -> None:
+        if not self._is_verified:
+            verify_image(self.manifest, self._weights)
+            if self._image_id is not None:
+                assert self._image is not None
+                self._maps.mark_verified(self._image_id, self._image.manifest)
+        with self._changed:
+            self._is_verified = True
+
+    # -- under the lock -----------------------------------------------------------------------------------------------
+
+    def _has(self, num_groups: int | None) -> bool:
+        if self.error is not None:
+            raise self.error
+        if self._is_cancelled:
+            raise PolymuxError(f"the load of {self.spec.model} was cancelled")
+        if num_groups is None or not self._is_verified:
+            return self.is_finished
+        return self._landed_bytes() >= self._bytes_of(num_groups)
+
+    def _landed_bytes(self) -> int:
+        return self._pieces[self._num_landed - 1][1] if self._num_landed else 0
+
+    def _bytes_of(self, num_groups: int | None) -> int:
+        """Up to which byte a reader of so many groups, or of all, must wait."""
+        groups = self.manifest.groups
+        if num_groups is None or num_groups >= len(groups) or not self._is_verified:
+            return self.manifest.nbytes
+        return sum(groups[num_groups - 1])
+
+    def _close_if_idle(self) -> None:
+        if self._image is not None and not self._num_running and (self._is_cancelled or self.error is not None or self.is_finished):
+            self._image.close()
+            self._image = self._bytes = None
+
+
+def cut(manifest: ImageManifest, nbytes: int) -> list[tuple[int, int]]:
+    """The image in pieces [begin, end) of at least `nbytes`, where so many are left; a group's end is a piece's end when it can be."""
+    ends = {sum(group) for group in manifest.groups}
+    pieces: list[tuple[int, int]] = []
+    begin = 0
+    while begin < manifest.nbytes:
+        end = begin + nbytes
+        near = [e for e in ends if end <= e < end + nbytes // 2]
+        end = min(near, default=end)
+        if manifest.nbytes - end < nbytes // 2:
+            end = manifest.nbytes
+        pieces.append((begin, end))
+        begin = end
+    return pieces
