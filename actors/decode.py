@@ -170,25 +170,24 @@ class DecodeRole:
         self._meter.preempted()
 
     def _run(self, turn: Turn, batch: list[Sequence]) -> None:
+        wanted = {s.spec.model for s in self._sequences.values()}
+        started_s = self._engine.clock()
         try:
-            switch = self._engine.activate(turn.model, wanted={s.spec.model for s in self._sequences.values()})
-        except PolymuxError as error:
+            switch = self._engine.activate(turn.model, wanted=wanted)
+            if switch is not None:
+                self._meter.switched(switch)
+                self._turns.began()
+                started_s = self._engine.clock()
+            self._engine.prefetch(turn.prefetch, wanted=wanted)
+            logits = self._engine.forward(_batch_of(batch))
+        except PolymuxError as error:  # weights that did not arrive; nothing else fails a whole batch on purpose
             self._turns.end()
             for sequence in batch:
                 self._fail(sequence, error)
             return
-        if switch is not None:
-            self._meter.switched(switch)
-            self._turns.began()
-        started_s = self._engine.clock()
-        slices = tuple(
-            SequenceSlice(start=row, num_tokens=1, context_len=s.num_cached, block_ids=s.block_ids) for row, s in enumerate(batch)
-        )
-        forward = ForwardBatch(token_ids=torch.tensor([s.last_token_id for s in batch]), slices=slices, logits_rows=None)
-        logits = self._engine.forward(forward)
         tokens = sample_each(logits, [s.sampler for s in batch])
         now_s = self._engine.clock()
-        self._meter.decoded(turn.model, len(batch), sum(s.num_cached for s in batch), now_s - started_s)
+        self._meter.decoded(turn.model, len(batch), sum(s.num_cached for s in batch), now_s - started_s - self._engine.stalled_s)
         for sequence, token in zip(batch, tokens, strict=True):
             if isinstance(token, PolymuxError):
                 self._fail(sequence, token)
@@ -277,3 +276,11 @@ class DecodeRole:
             )
             for model, sequences in sorted(by_model.items())
         )
+
+
+def _batch_of(sequences: list[Sequence]) -> ForwardBatch:
+    """The step in which each feeds its last token."""
+    slices = tuple(
+        SequenceSlice(start=row, num_tokens=1, context_len=s.num_cached, block_ids=s.block_ids) for row, s in enumerate(sequences)
+    )
+    return ForwardBatch(token_ids=torch.tensor([s.last_token_id for s in sequences]), slices=slices, logits_rows=None)

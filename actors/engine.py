@@ -51,6 +51,7 @@ class Engine:
         self.specs: dict[ModelName, ModelSpec] = {}
         self._runner = ModelRunner(batch_invariant=settings.batch_invariant)
         self._bound: dict[ModelName, BoundModel] = {}
+        self.stalled_s = 0.0  # of the last forward pass: waiting for weights under way
 
     def add_model(self, spec: ModelSpec) -> None:
         """Make a model known. Raises ConfigError when it could never run in this arena."""
@@ -97,11 +98,14 @@ class Engine:
 
         Raises PolymuxError when no model is active, and what a load under way met; the model before is active again then.
         """
-        active = self.residency.active
+        active, self.stalled_s = self.residency.active, 0.0
         if active is None:
             raise PolymuxError("no model is active: the last switch failed")
         is_whole = self.residency.residents[active].load is None
-        return self._bind(active).forward(batch, on_layer, None if is_whole else self.residency.await_layer)
+        return self._bind(active).forward(batch, on_layer, None if is_whole else self._await_layer)
+
+    def _await_layer(self, layer: int) -> None:
+        self.stalled_s += self.residency.await_layer(layer)
 
     def probe(self) -> bool:
         """One token through the active model, in a block of its own: does it still compute? True when there is nothing to probe with."""

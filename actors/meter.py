@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from polymux.actors.timeline import Timeline
-from polymux.actors.weights.residency import Switch
+from polymux.actors.weights.residency import Loaded, Switch
 from polymux.disagg.cost import Fit, Roofline, decode_features, guess_decode, guess_prefill, guess_switch, prefill_features, switch_features
 from polymux.transport.kv import EdgeStats
 from polymux.transport.messages import ModelCost, ModelSpec, SpanKind
@@ -78,8 +78,6 @@ class Meter:
         self._add(generation_tokens=num_seqs)
 
     def switched(self, switch: Switch) -> None:
-        if switch.nbytes:
-            self._switch.observe(switch_features(switch.nbytes), switch.seconds)
         self._add(
             model_switches=1,
             model_loads=bool(switch.nbytes),
@@ -90,6 +88,14 @@ class Meter:
         now_s = self.timeline.clock()
         self.timeline.add(SpanKind.SWITCH, switch.target, now_s - switch.seconds, now_s, nbytes=switch.nbytes)
         self.timeline.activated(switch.target, now_s)
+
+    def loaded(self, loaded: Loaded) -> None:
+        """Weights are in. What the engine waited for them is what a switch costs; a prefetch hides that, and tells nothing."""
+        if loaded.was_prefetched:
+            self._add(model_prefetches=1, model_prefetch_bytes=loaded.nbytes)
+            self.timeline.add(SpanKind.PREFETCH, loaded.model, loaded.began_s, loaded.ended_s, nbytes=loaded.nbytes)
+        else:
+            self._switch.observe(switch_features(loaded.nbytes), loaded.waited_s)
 
     def preempted(self) -> None:
         self._add(preemptions=1)

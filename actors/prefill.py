@@ -157,7 +157,8 @@ class PrefillRole:
         return [job for job in self._jobs.values() if job.block_ids]
 
     def _run(self, step: PrefillStep, jobs: list[Job]) -> None:
-        switch = self._engine.activate(step.model, wanted={job.spec.model for job in self._jobs.values()})
+        wanted = {job.spec.model for job in self._jobs.values()}
+        switch = self._engine.activate(step.model, wanted=wanted)
         if switch is not None:
             self._meter.switched(switch)
         started_s = self._engine.clock()
@@ -170,8 +171,10 @@ class PrefillRole:
             if chunk.is_last:
                 last_rows.append(len(tokens) - 1)
         batch = ForwardBatch(token_ids=torch.tensor(tokens), slices=tuple(slices), logits_rows=torch.tensor(last_rows, dtype=torch.int64))
+        self._engine.prefetch(step.prefetch, wanted=wanted)
         logits = self._engine.forward(batch, on_layer=lambda layer: self._push(layer, step, jobs))
-        self._meter.prefilled(step.model, [(chunk.start, chunk.num_tokens) for chunk in step.chunks], self._engine.clock() - started_s)
+        seconds = self._engine.clock() - started_s - self._engine.stalled_s
+        self._meter.prefilled(step.model, [(chunk.start, chunk.num_tokens) for chunk in step.chunks], seconds)
         finished = [job for chunk, job in zip(step.chunks, jobs, strict=True) if chunk.is_last]
         for chunk, job in zip(step.chunks, jobs, strict=True):
             job.num_done = chunk.start + chunk.num_tokens

@@ -91,6 +91,7 @@ class Worker:
         self._store = StoreClient(settings.store_address, settings.token)
         self._engine = Engine(self._region, settings.engine, self._store)
         self._meter = Meter()
+        self._engine.residency.on_loaded = self._meter.loaded
         self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
         self._server = WorkerServer(
             worker_id=settings.worker_id,

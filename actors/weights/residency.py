@@ -135,18 +135,18 @@ class Residency:
             was_prefetched=was_prefetched,
         )
 
-    def await_layer(self, layer: int) -> None:
-        """Return once this layer of the active model is in place; one past the last waits for all.
+    def await_layer(self, layer: int) -> float:
+        """Return once this layer of the active model is in place; one past the last waits for all. The seconds that it took.
 
         Raises what the load met; the model that was active before is active again then.
         """
         assert self.active is not None
         resident = self.residents[self.active]
         if resident.load is None:
-            return
+            return 0.0
         try:
             num_groups = layer + _FIRST_GROUPS
-            self._wait(resident, num_groups if num_groups < len(resident.manifest.groups) else None)
+            return self._wait(resident, num_groups if num_groups < len(resident.manifest.groups) else None)
         except BaseException:
             self._restore(self._former, resident.spec.model)
             raise
