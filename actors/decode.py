@@ -14,17 +14,18 @@ import torch
 
 from polymux.actors.engine import Engine
 from polymux.actors.grants import Grants
+from polymux.actors.kept import KeptSequences
 from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
 from polymux.actors.sampler import sample_each
 from polymux.actors.sequence import Phase, Sequence
 from polymux.actors.turns import Turns
-from polymux.actors.updates import failure, token_update
+from polymux.actors.updates import failure, moved, token_update
 from polymux.disagg.batching import choose_victims, form_batch, next_grant
 from polymux.disagg.multiplex import Turn, TurnPolicy
 from polymux.disagg.views import HolderView, RunningView, WaitingView
-from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Overloaded, PolymuxError
+from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Draining, Overloaded, PolymuxError, TransferError
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
 from polymux.transport.messages import Generate, ModelLoad, SpanKind
 from polymux.transport.units import ClientId, ModelName, SequenceId
@@ -33,18 +34,19 @@ from polymux.transport.units import ClientId, ModelName, SequenceId
 class DecodeRole:
     """Driven by the engine thread: `accept`, `cancel`, `client_lost`, `kv_event` for what came in, then `step` while it returns True."""
 
-    def __init__(self, engine: Engine, grants: Grants, policy: TurnPolicy[Any], meter: Meter, outbox: Outbox) -> None:
+    def __init__(self, engine: Engine, grants: Grants, policy: TurnPolicy[Any], meter: Meter, outbox: Outbox, kept: KeptSequences) -> None:
         self._engine = engine
         self._meter = meter
         self._outbox = outbox
         self._grants = grants
+        self._kept = kept  # those that were given up here, until another worker has them
         self._sequences: dict[SequenceId, Sequence] = {}
         self._turns = Turns(engine, meter, policy)
         self._num_accepted = 0
 
     @property
     def num_open(self) -> int:
-        return len(self._sequences)
+        return len(self._sequences) + len(self._kept)
 
     # -- what came in -------------------------------------------------------------------------------------------------
 
@@ -70,10 +72,25 @@ class DecodeRole:
         sequence = self._sequences.get(sequence_id)
         if sequence is not None:
             self._drop(sequence, reason)
+        self._kept.drop(sequence_id)
 
     def client_lost(self, client_id: ClientId) -> None:
         for sequence in [s for s in self._sequences.values() if s.client_id == client_id]:
             self._drop(sequence, "the front door's connection was lost")
+        self._kept.client_lost(client_id)
+
+    def move(self, model: ModelName | None = None) -> None:
+        """Give up all sequences, or those of one model, for the front door to place elsewhere; at a token boundary, as every call here.
+
+        One that runs is kept with its KV. One that waits has none, and is told so. One whose KV is on its way stays: ask again.
+        """
+        for sequence in [s for s in self._sequences.values() if model in (None, s.spec.model)]:
+            if sequence.phase is Phase.RUNNING:
+                del self._sequences[sequence.command.sequence_id]
+                self._kept.add(sequence)
+                self._outbox.add(sequence.client_id, moved(sequence.command.sequence_id, len(sequence.output_ids)))
+            elif sequence.phase is not Phase.PREFILLING:
+                self._fail(sequence, Draining(f"sequence {sequence.command.sequence_id} is to run on another worker"))
 
     def kv_event(self, event: KVEvent) -> None:
         """A transfer was committed, failed, or came to rest."""
@@ -87,12 +104,22 @@ class DecodeRole:
             self._note_arrival(sequence, event)
             if event.prefilled.token_id is not None:
                 sequence.append(event.prefilled.token_id, self._engine.clock())
+            if sequence.handover is not None:  # whoever had it may be gone when it is wanted again
+                sequence.handover = sequence.prefill = None
             sequence.phase = Phase.RUNNING
             self._turns.came()
             if event.prefilled.finish_reason is not None:
                 self._drop(sequence, "finished")
         elif isinstance(event, KVFailed):
-            self._fail(sequence, event.error)
+            self._not_filled(sequence, event.error)
+
+    def _not_filled(self, sequence: Sequence, error: PolymuxError) -> None:
+        """Its KV will not come. What was to be handed over is computed here instead; anything else is the front door's to place anew."""
+        if sequence.handover is not None and isinstance(error, TransferError):
+            sequence.handover = sequence.prefill = None
+            sequence.phase = Phase.WAITING
+        else:
+            self._fail(sequence, error)
 
     def _note_arrival(self, sequence: Sequence, event: KVCommitted) -> None:
         if event.ended_s == event.began_s:  # computed here: nothing came
@@ -221,10 +248,10 @@ class DecodeRole:
                 held[sequence.spec.model] += 1
             except PolymuxError as error:
                 if not isinstance(error, Overloaded) or self._grants.is_idle:
-                    self._fail(sequence, error)
+                    self._not_filled(sequence, error)
                     continue
-                full = sequence.command.prefill.worker_id  # the end of one of its transfers wakes us
-                waiting = {key: s for key, s in waiting.items() if s.command.prefill.worker_id != full}
+                full = sequence.prefill  # the end of one of its transfers wakes us
+                waiting = {key: s for key, s in waiting.items() if s.prefill != full}
 
     def _first_short(self) -> float:
         """The place in line of the oldest running sequence without room for its token: nobody behind it is granted blocks before."""
@@ -246,6 +273,7 @@ class DecodeRole:
         sequence.block_ids = []
 
     def _expire(self) -> None:
+        self._kept.expire()
         now_s = self._engine.clock()
         for sequence in [s for s in self._sequences.values() if s.deadline_s <= now_s]:
             self._fail(sequence, DeadlineExceeded(f"sequence {sequence.command.sequence_id} was not finished before its deadline"))
@@ -254,10 +282,14 @@ class DecodeRole:
         """End everything with one error: the worker cannot go on with what it has."""
         for sequence in list(self._sequences.values()):
             self._fail(sequence, error)
+        self._kept.drop_all()
 
     def next_deadline_s(self) -> float | None:
         """When `step` next has something to expire, on the engine's clock."""
-        return min((s.deadline_s for s in self._sequences.values()), default=None)
+        deadlines = [s.deadline_s for s in self._sequences.values()]
+        if (kept_s := self._kept.next_deadline_s()) is not None:
+            deadlines.append(kept_s)
+        return min(deadlines, default=None)
 
     def loads(self) -> tuple[ModelLoad, ...]:
         """This worker's work by model, for the controller."""

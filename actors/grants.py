@@ -37,11 +37,12 @@ class Grants:
         self._quarantine: dict[TransferId, _Live] = {}
 
     def order(self, sequence: Sequence) -> None:
-        """Grant blocks for all tokens so far, send the order. Raises NoFreeBlocks, Overloaded, TransferError; then none is held."""
+        """Grant blocks for the tokens so far, send the order. Raises NoFreeBlocks, Overloaded, TransferError; then none is held."""
         command = sequence.command
         pool = self._engine.pool(sequence.spec.model)
-        edge = self._edge(command.prefill)
-        block_ids = pool.allocate(sequence.spec.kv.num_blocks(sequence.num_tokens))
+        peer = sequence.prefill or self._peer
+        edge = self._edge(peer)
+        block_ids = pool.allocate(sequence.spec.kv.num_blocks(sequence.num_tokens_to_come))
         transfer_id = self._sink.next_transfer_id()
         remaining_s = sequence.deadline_s - self._engine.clock()
         grant = Grant(
@@ -49,7 +50,7 @@ class Grants:
             layout_hash=sequence.spec.kv.layout_hash,
             block_ids=pack_ids(block_ids),
             target_epoch=self._peer.epoch,
-            source_epoch=command.prefill.epoch,
+            source_epoch=peer.epoch,
         )
         prefill = Prefill(
             sequence_id=command.sequence_id,
@@ -61,6 +62,7 @@ class Grants:
             grant=grant,
             deadline_s=remaining_s,
             ttft_slo_s=command.ttft_slo_s,
+            handover=sequence.handover,
             due_in_s=sequence.due_s - self._engine.clock(),
             cache_salt=command.cache_salt,
         )

@@ -100,6 +100,10 @@ class Meter:
     def preempted(self) -> None:
         self._add(preemptions=1)
 
+    def handed_over(self) -> None:
+        """A sequence went on to another worker with its KV."""
+        self._add(sequences_moved=1)
+
     def costs(self) -> tuple[ModelCost, ...]:
         with self._lock:
             return tuple(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from polymux.actors.engine import Engine
+from polymux.actors.kept import KeptSequences
 from polymux.actors.local_orders import LocalOrders, is_local
 from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
@@ -53,13 +54,16 @@ class Job:
 class PrefillRole:
     """Driven by the engine thread: `accept`, `cancel`, `released` for what came in, then `step` while it returns True."""
 
-    def __init__(self, engine: Engine, source: LocalOrders, policy: PrefillPolicy[Any], meter: Meter, outbox: Outbox) -> None:
+    def __init__(
+        self, engine: Engine, source: LocalOrders, policy: PrefillPolicy[Any], meter: Meter, outbox: Outbox, kept: KeptSequences
+    ) -> None:
         self._engine = engine
         self._source = source
         self._policy = policy
         self._memory = policy.start()
         self._meter = meter
         self._outbox = outbox
+        self._kept = kept
         self._jobs: dict[SequenceId, Job] = {}
         self._leaving: dict[OrderRef, Job] = {}  # done here; the other side may still read their blocks
         self._num_accepted = 0
@@ -73,14 +77,16 @@ class PrefillRole:
         try:
             spec = self._engine.spec(command.model)
             self._source.accept(order, spec.kv)
+            if command.handover is not None:
+                self._hand_over(command, order, spec)
+                return
         except PolymuxError as error:
             self._source.fail(order, error)
             return
         if (older := self._jobs.get(command.sequence_id)) is not None:  # its decode worker was given up, and does not know it yet
             self._fail(older, Cancelled(f"sequence {command.sequence_id} was ordered anew"))
         self._num_accepted += 1
-        granted = unpack_ids(command.grant.block_ids)
-        self._jobs[command.sequence_id] = Job(
+        job = Job(
             order=order,
             command=command,
             spec=spec,
@@ -88,8 +94,21 @@ class PrefillRole:
             deadline_s=self._engine.clock() + command.deadline_s,
             prompt_ids=unpack_ids(command.prompt_ids),
             output_ids=unpack_ids(command.output_ids),
-            block_ids=granted if is_local(order) else [],  # its own decode role's blocks: computed where they are wanted
         )
+        if is_local(order):  # its own decode role's blocks: computed where they are wanted
+            job.block_ids = unpack_ids(command.grant.block_ids)
+            self._engine.pool(command.model).share(job.block_ids)
+        self._jobs[command.sequence_id] = job
+
+    def _hand_over(self, command: Prefill, order: OrderRef, spec: ModelSpec) -> None:
+        """Push what is kept of a sequence as it is. Raises TransferError when it is not kept here."""
+        kept = self._kept.take(command)
+        job = Job(order, command, spec, 0, kept.deadline_s, kept.prompt_ids, kept.output_ids, kept.block_ids, kept.num_cached)
+        self._leaving[order] = job
+        job.pushed_s = self._engine.clock()
+        self._source.push(order, 0, spec.kv.num_layers, job.block_ids[: spec.kv.num_blocks(kept.num_cached)], 0)
+        self._source.commit(order, Prefilled(sequence_id=command.sequence_id, token_id=None, finish_reason=None))
+        self._meter.handed_over()
 
     def cancel(self, order: OrderRef, reason: str) -> None:
         """The decode worker no longer wants this one, or is gone. Unknown orders are ignored: they have ended already."""
@@ -109,8 +128,7 @@ class PrefillRole:
             self._meter.timeline.add(
                 SpanKind.KV_OUT, job.spec.model, job.pushed_s, at_s, nbytes=nbytes, num_seqs=1, num_tokens=job.num_done
             )
-        if not is_local(order):
-            self._engine.pool(job.spec.model).free(job.block_ids)
+        self._engine.pool(job.spec.model).free(job.block_ids)
         job.block_ids = []
 
     def step(self) -> bool:

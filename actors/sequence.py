@@ -11,8 +11,8 @@ import enum
 from dataclasses import dataclass, field
 
 from polymux.actors.sampler import SamplerState
-from polymux.transport.messages import Generate, ModelSpec
-from polymux.transport.units import ClientId, TransferId, unpack_ids
+from polymux.transport.messages import Generate, ModelSpec, Peer
+from polymux.transport.units import ClientId, SequenceId, TransferId, unpack_ids
 
 
 class Phase(enum.Enum):
@@ -40,6 +40,8 @@ class Sequence:
     transfer_id: TransferId | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0
+    prefill: Peer | None = None  # who computes or hands over its KV; None: this worker itself
+    handover: SequenceId | None = None  # under which it is kept at `prefill`
     is_kept: bool = True  # every token that was made here was on time
 
     @classmethod
@@ -56,6 +58,8 @@ class Sequence:
             prompt_ids=prompt_ids,
             output_ids=output_ids,
             sampler=SamplerState(command.sampling, prompt_ids, output_ids, spec.eos_token_ids, spec.vocab_size),
+            prefill=command.prefill,
+            handover=command.handover,
         )
 
     @property
@@ -66,6 +70,11 @@ class Sequence:
     def num_cached(self) -> int:
         """Tokens whose KV is in the blocks while RUNNING: all but the newest, which the next step computes."""
         return self.num_tokens - 1
+
+    @property
+    def num_tokens_to_come(self) -> int:
+        """Tokens whose KV a transfer brings: all, or all but the newest where they are handed over as they are."""
+        return self.num_tokens if self.handover is None else self.num_cached
 
     @property
     def last_token_id(self) -> int:

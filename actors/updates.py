@@ -20,6 +20,11 @@ def error_report(error: PolymuxError) -> ErrorReport:
     return ErrorReport(name=type(error).__name__, message=error.message, param=error.param, retry_after_s=error.retry_after_s)
 
 
+def moved(sequence_id: SequenceId, index: int) -> SequenceUpdate:
+    """The last update of a sequence that is given up after `index` tokens, its KV kept."""
+    return SequenceUpdate(sequence_id=sequence_id, index=index, token_ids=(), moved=True)
+
+
 def failure(sequence_id: SequenceId, index: int, error: PolymuxError) -> SequenceUpdate:
     """The last update of a sequence that failed after `index` tokens."""
     return SequenceUpdate(sequence_id=sequence_id, index=index, token_ids=(), error=error_report(error))

@@ -16,6 +16,7 @@ from functools import partial
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.grants import Grants
+from polymux.actors.kept import KEEP_S, KeptSequences
 from polymux.actors.local_orders import LocalOrders
 from polymux.actors.mailbox import Mailbox
 from polymux.actors.meter import Meter
@@ -79,6 +80,7 @@ class WorkerSettings:
     decode_policy: str = "wrr"  # of `disagg.multiplex`
     decode_settings: tuple[tuple[str, float], ...] = ()
     kv: KVSettings = field(default_factory=KVSettings)
+    keep_s: float = KEEP_S  # how long a sequence that was given up here waits with its KV for the worker that goes on
     probe_interval_s: float = 10.0  # how often an idle engine proves that it still computes
 
 
@@ -159,17 +161,24 @@ class Worker:
 
     def _make_roles(self, peer: Peer, source: KVSource, sink: KVSink) -> None:
         settings, engine = self.settings, self._engine
-        local = LocalOrders(engine, source, self._mailbox.tell)
+        local, kept = LocalOrders(engine, source, self._mailbox.tell), KeptSequences(engine, settings.keep_s)
         whole = {name: int(value) for name, value in settings.prefill_settings}
-        self._prefill = PrefillRole(engine, local, prefill_policy(settings.prefill_policy, **whole), self._meter, self._outbox)
+        self._prefill = PrefillRole(engine, local, prefill_policy(settings.prefill_policy, **whole), self._meter, self._outbox, kept)
         turns = turn_policy(settings.decode_policy, **dict(settings.decode_settings))
-        self._decode = DecodeRole(engine, Grants(engine, sink, local, peer), turns, self._meter, self._outbox)
+        self._decode = DecodeRole(engine, Grants(engine, sink, local, peer), turns, self._meter, self._outbox, kept)
         local.connect(self._prefill, self._decode)
 
     def add_model(self, spec: ModelSpec) -> None:
         """Make a model known here. Raises ConfigError when it could never run in this arena."""
         self._engine.add_model(spec)
         self._meter.add_model(spec)
+
+    def move(self, model: ModelName | None = None) -> None:
+        """Give up the sequences of one model, or all, at the next token boundary; their clients place them elsewhere. Returns at once.
+
+        Raises Overloaded when the worker is too far behind.
+        """
+        self._mailbox.post(lambda: self._decode.move(model))
 
     def stop(self) -> None:
         """Finish the step under way, drop every connection, free the arena. May be called twice."""

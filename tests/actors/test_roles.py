@@ -9,6 +9,7 @@ import torch
 
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine, EngineSettings
+from polymux.actors.kept import KeptSequences
 from polymux.actors.local_orders import LocalOrders
 from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
@@ -88,7 +89,7 @@ def decode_role(engine: Engine) -> tuple[DecodeRole, FakeGrants]:
     grants, meter = FakeGrants(engine), Meter()
     for spec in engine.specs.values():
         meter.add_model(spec)
-    role = DecodeRole(engine, grants, turn_policy("wrr"), meter, Outbox(PEER, lambda _client, _frame: True))  # type: ignore[arg-type]
+    role = DecodeRole(engine, grants, turn_policy("wrr"), meter, Outbox(PEER, lambda _client, _frame: True), KeptSequences(engine))  # type: ignore[arg-type]
     return role, grants
 
 
@@ -167,7 +168,7 @@ def prefill_role(engine: Engine) -> tuple[PrefillRole, FakeSource]:
     source = FakeSource()
     outbox = Outbox(PEER, lambda _client, _frame: True)
     orders = LocalOrders(engine, source, lambda call: call())
-    return PrefillRole(engine, orders, prefill_policy("grouped_fcfs"), Meter(), outbox), source
+    return PrefillRole(engine, orders, prefill_policy("grouped_fcfs"), Meter(), outbox, KeptSequences(engine)), source
 
 
 def test_short_prompts_do_not_overtake_a_long_one_that_waits_for_blocks() -> None:

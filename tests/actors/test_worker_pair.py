@@ -3,166 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
+from worker_pair import GREEDY, NAMES, prompt_of, running_pair
 
-from polymux.actors.engine import EngineSettings
-from polymux.actors.store_server import StoreServer
-from polymux.actors.weight_store import ModelSource
-from polymux.actors.worker import Worker, WorkerSettings
 from polymux.transport.errors import WorkerLost
 from polymux.transport.kv import KVSettings
-from polymux.transport.link import WorkerLink
-from polymux.transport.messages import Cancel, FinishReason, Generate, ModelSpec, Peer, Role, SamplingParams, SequenceUpdate
-from polymux.transport.region import this_host
-from polymux.transport.units import KIB, MIB, ClientId, Epoch, ModelName, SequenceId, WorkerId, pack_ids
-
-MODELS = Path(__file__).parent.parent.parent / "deploy" / "demo" / "models"
-TOKEN = "test-cluster-token-0123456789"
-NAMES = (ModelName("llama-small"), ModelName("qwen3-small"))
-GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
-
-
-class Pair:
-    """Two workers, a store, and a client that collects tokens."""
-
-    def __init__(self, *, decode_kv_bytes: int, batch_invariant: bool, kv: KVSettings) -> None:
-        self._kv = kv
-        torch.set_num_threads(1)
-        self.store = StoreServer(budget_bytes=64 * MIB, layout="auto", token=TOKEN)
-        self.specs = {
-            name: self.store.register(ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192))
-            for name in NAMES
-        }
-        self._ids = itertools.count()
-        self._received: dict[str, asyncio.Queue[SequenceUpdate]] = {}
-        reserve = sum(spec.weight_bytes for spec in self.specs.values()) + MIB
-        self.prefill = self._worker(Role.PREFILL, reserve, 16 * MIB, batch_invariant)
-        self.decode = self._worker(Role.DECODE, reserve, decode_kv_bytes, batch_invariant)
-
-    def _worker(self, role: Role, reserve: int, kv_bytes: int, batch_invariant: bool) -> Worker:
-        worker = Worker(
-            WorkerSettings(
-                worker_id=WorkerId(role),
-                role=role,
-                arena_bytes=reserve + kv_bytes,
-                engine=EngineSettings(
-                    weight_reserve_bytes=reserve, slab_bytes=128 * KIB, max_num_batched_tokens=48, batch_invariant=batch_invariant
-                ),
-                token=TOKEN,
-                store_address=self.store.address,
-                kv=self._kv,
-            )
-        )
-        hello = worker.start()
-        for spec in self.specs.values():
-            worker.add_model(spec)
-        worker.serve(Epoch(1))
-        assert hello.address
-        return worker
-
-    def peer(self, worker: Worker) -> Peer:
-        return Peer(worker_id=worker.settings.worker_id, epoch=Epoch(1), address=worker.address, host_id=this_host())
-
-    async def connect(self) -> list[asyncio.Task[None]]:
-        self.links = [await WorkerLink.connect(self.peer(w), ClientId("client"), TOKEN, 5.0) for w in (self.prefill, self.decode)]
-        return [asyncio.create_task(self._read(link)) for link in self.links]
-
-    async def _read(self, link: WorkerLink) -> None:
-        async for frame in link:
-            for update in frame.updates:
-                self._received[update.sequence_id].put_nowait(update)
-
-    async def send(
-        self,
-        spec: ModelSpec,
-        prompt: list[int],
-        sampling: SamplingParams,
-        outputs: tuple[int, ...] = (),
-        deadline_s: float = 30,
-        roles: tuple[Worker, Worker] | None = None,
-    ) -> str:
-        """`roles`: who prefills and who decodes."""
-        prefill, decode = roles or (self.prefill, self.decode)
-        sequence_id = SequenceId(f"s{next(self._ids)}")
-        self._received[sequence_id] = asyncio.Queue()
-        await self.links[0 if decode is self.prefill else 1].send(
-            Generate(
-                sequence_id=sequence_id,
-                model=spec.model,
-                prompt_ids=pack_ids(prompt),
-                output_ids=pack_ids(outputs),
-                sampling=sampling,
-                prefill=self.peer(prefill),
-                deadline_s=deadline_s,
-                ttft_slo_s=10.0,
-                tpot_slo_s=0.1,
-                due_in_s=10.0,
-            )
-        )
-        return sequence_id
-
-    async def collect(self, sequence_id: str, start: int = 0) -> tuple[list[int], SequenceUpdate]:
-        """All tokens in order of their index, and the update that ended the sequence."""
-        tokens: dict[int, int] = {}
-        last: SequenceUpdate | None = None
-        async with asyncio.timeout(60):
-            while last is None or len(tokens) + start < last.index + len(last.token_ids):
-                update = await self._received[sequence_id].get()
-                tokens.update({update.index + i: token for i, token in enumerate(update.token_ids)})
-                last = update if update.finish_reason or update.error else last
-        return [tokens[index] for index in sorted(tokens)], last
-
-    async def generate(
-        self, spec: ModelSpec, prompt: list[int], sampling: SamplingParams = GREEDY, outputs: tuple[int, ...] = ()
-    ) -> list[int]:
-        tokens, last = await self.collect(await self.send(spec, prompt, sampling, outputs), len(outputs))
-        assert last.error is None, last.error
-        return tokens
-
-    async def until(self, is_true: Callable[[], bool], deadline_s: float = 10.0) -> None:
-        async with asyncio.timeout(deadline_s):
-            while not is_true():
-                await asyncio.sleep(0.02)
-
-    async def check_whole(self) -> None:
-        """No block is out on either side, and the books agree with the arena."""
-        workers = (self.prefill, self.decode)
-        await self.until(lambda: all(worker._engine.blocks.num_out == 0 for worker in workers))
-        for worker in workers:
-            worker._engine.blocks.check()
-
-    def close(self) -> None:
-        self.decode.stop()
-        self.prefill.stop()
-        self.store.close()
-
-
-@asynccontextmanager
-async def running_pair(
-    *, decode_kv_bytes: int = 16 * MIB, batch_invariant: bool = False, kv: KVSettings | None = None
-) -> AsyncIterator[Pair]:
-    pair = Pair(decode_kv_bytes=decode_kv_bytes, batch_invariant=batch_invariant, kv=kv or KVSettings())
-    readers = await pair.connect()
-    try:
-        yield pair
-        await pair.check_whole()
-    finally:
-        for link in pair.links:
-            await link.close()
-        await asyncio.gather(*readers, return_exceptions=True)
-        await asyncio.to_thread(pair.close)
-
-
-def prompt_of(spec: ModelSpec, length: int, salt: int = 0) -> list[int]:
-    return [(17 * i + 31 * salt + 5) % (spec.vocab_size - 16) + 8 for i in range(length)]
+from polymux.transport.messages import Cancel, FinishReason, SamplingParams
+from polymux.transport.units import KIB, ModelName, SequenceId
 
 
 async def test_sequences_of_two_models_mix_and_give_what_each_gives_alone() -> None:
