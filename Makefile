@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo serve test check lint types bench clean
+.PHONY: setup demo serve test check lint types browser bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ test: lint types  ## everything: linters, types, unit, property and end-to-end t
 	$(BIN)/python -m pytest -q
 
 check: test
+
+# A headless Chromium, with which the timeline's page is tested: where Debian's packages can be installed. Without one those tests are skipped.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && timeout 300 sh -c \
+	  'apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium' >/dev/null 2>&1; } || true
 
 bench: setup  ## every benchmark, results into docs/results/
 	$(BIN)/python bench/transfer.py --out docs/results/transfer.md

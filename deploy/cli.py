@@ -146,6 +146,26 @@ def models(base_url: BaseUrl = None, api_key: ApiKey = None, is_json: AsJson = F
 
 
 @app.command()
+def timeline(
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="file to write; .html is a page, .json data")] = Path(
+        "polymux-timeline.html"
+    ),
+    seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help="how far to look back")] = 300.0,
+    limit: Annotated[int, typer.Option(min=1, max=65_536, help="spans of each worker, the newest, at most")] = 16_384,
+    is_chrome: Annotated[bool, typer.Option("--chrome", help="write the trace event format, which ui.perfetto.dev reads")] = False,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Write down what every worker did in the last minutes: switches, prefill, decode and KV transfers, in lanes on one clock."""
+    from polymux.deploy.client import Client
+    from polymux.deploy.timeline.write import write
+
+    with Client(base_url, api_key) as client:
+        found = write(client.timeline(seconds, limit), out_file, is_chrome=is_chrome)
+    out.print(f"{found} written to {out_file}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def version() -> None:
     """The version of this installation."""
     out.print(f"polymux {polymux.__version__}", highlight=False)

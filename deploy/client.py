@@ -103,6 +103,10 @@ class Client:
         """Workers, models and totals, as the controller sees them."""
         return dict(self._send("GET", "/v1/polymux/topology").json())
 
+    def timeline(self, seconds: float = 300.0, limit: int = 4096) -> dict[str, Any]:
+        """What every worker did in the last `seconds`, as `polymux timeline` draws it; the newest `limit` spans of each."""
+        return dict(self._send("GET", f"/v1/polymux/timeline?format=json&seconds={seconds:g}&limit={limit}").json())
+
     def close(self) -> None:
         self._http.close()
 
@@ -205,6 +209,10 @@ class AsyncClient:
     async def topology(self) -> dict[str, Any]:
         """Workers, models and totals, as the controller sees them."""
         return dict((await self._send("GET", "/v1/polymux/topology")).json())
+
+    async def timeline(self, seconds: float = 300.0, limit: int = 4096) -> dict[str, Any]:
+        """What every worker did in the last `seconds`, as `polymux timeline` draws it; the newest `limit` spans of each."""
+        return dict((await self._send("GET", f"/v1/polymux/timeline?format=json&seconds={seconds:g}&limit={limit}")).json())
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -26,6 +26,7 @@ from polymux.deploy.http.generate import ChatEndpoint, CompletionEndpoint, encod
 from polymux.deploy.http.openai import DetokenizeRequest, TokenizeRequest, parse
 from polymux.deploy.http.openapi import document
 from polymux.deploy.http.settings import HttpSettings
+from polymux.deploy.http.timeline import TimelineEndpoint
 from polymux.transport.errors import InvalidRequest
 from polymux.transport.messages import ModelSpec
 
@@ -50,6 +51,7 @@ def build_asgi(frontdoor: FrontDoor, settings: HttpSettings | None = None) -> St
             Route("/v1/chat/completions", ChatEndpoint(frontdoor, settings), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(frontdoor, settings), methods=["POST"]),
             Route("/v1/polymux/topology", api.topology),
+            Route("/v1/polymux/timeline", TimelineEndpoint(frontdoor).get),
             Route("/tokenize", api.tokenize, methods=["POST"]),
             Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/health", api.health),

@@ -54,6 +54,20 @@ HEADERS = {
 }
 
 
+_TIMELINE = [
+    {"name": name, "in": "query", "description": text, "schema": schema}
+    for name, text, schema in (
+        ("seconds", "how far to look back", {"type": "number", "default": 300, "maximum": 3600}),
+        ("limit", "spans of each worker, the newest, at most", {"type": "integer", "default": 4096, "maximum": 65_536}),
+        (
+            "format",
+            "a browser gets the page, others JSON; `chrome` is the trace event format, which Perfetto reads",
+            {"enum": ["json", "chrome", "html"]},
+        ),
+    )
+]
+
+
 @cache
 def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
@@ -78,6 +92,7 @@ def _paths() -> dict[str, Any]:
         "/v1/models": {"get": _operation("Every registered model")},
         "/v1/models/{model}": {"get": _operation("One model") | {"parameters": model}},
         "/v1/polymux/topology": {"get": _operation("Workers and models, as the controller sees them")},
+        "/v1/polymux/timeline": {"get": _operation("What every worker did in the last minutes") | {"parameters": _TIMELINE}},
         "/tokenize": {"post": _operation("Text or messages to token ids", TokenizeRequest.__name__)},
         "/detokenize": {"post": _operation("Token ids to text", DetokenizeRequest.__name__)},
         "/health": {"get": _open("This process answers")},

@@ -69,6 +69,16 @@ def url(stack: ZeroStack) -> Iterator[str]:
 # -- clients ------------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_timeline_is_written_in_the_form_that_its_name_says(polymux_cli: Callable[..., Outcome], url: str, tmp_path: Path) -> None:
+    page, data = tmp_path / "line.html", tmp_path / "line.json"
+    written = polymux_cli("timeline", "--out", str(page), "--base-url", url)
+    assert written.code == 0 and written.out == f"0 spans of 0 workers written to {page}\n"
+    assert page.read_text().startswith("<!doctype html>")
+    assert polymux_cli("timeline", "-o", str(data), "--chrome", "--base-url", url).code == 0
+    assert json.loads(data.read_text())["traceEvents"] == []
+    assert polymux_cli("timeline", "-o", str(tmp_path / "line.svg"), "--base-url", url).code == 2
+
+
 def test_version_is_that_of_the_package(polymux_cli: Callable[..., Outcome]) -> None:
     assert polymux_cli("version").out == f"polymux {polymux.__version__}\n"
 
