@@ -41,6 +41,7 @@ class Turns:
             now_s=self._engine.clock(),
             active=self._engine.residency.active,
             batches=tuple(self._batch(model, sequences) for model, sequences in running.items()),
+            can_prefetch=self._can_prefetch(running),
         )
         self._turn, self._memory = self._policy.next_turn(view, self._memory)
         self._has_news = False
@@ -58,6 +59,11 @@ class Turns:
     def came(self) -> None:
         """A sequence can step from now on that could not before."""
         self._has_news = True
+
+    def _can_prefetch(self, models: Iterable[ModelName]) -> bool:
+        """Whether the weights of any two of them fit beside each other."""
+        largest = sorted((self._engine.spec(model).weight_bytes for model in models), reverse=True)[:2]
+        return sum(largest) <= self._engine.arena.weight_reserve_bytes
 
     def _batch(self, model: ModelName, sequences: Sequence[Seq]) -> BatchView:
         kv_tokens = sum(s.num_cached for s in sequences)

@@ -7,9 +7,10 @@ from typing import Any
 
 from polymux.disagg.multiplex import TurnPolicy, WeightedRoundRobin
 from polymux.disagg.request_level import RequestLevel
+from polymux.disagg.slack import Slack
 from polymux.transport.errors import ConfigError
 
-POLICIES: dict[str, Callable[..., TurnPolicy[Any]]] = {"request_level": RequestLevel, "wrr": WeightedRoundRobin}
+POLICIES: dict[str, Callable[..., TurnPolicy[Any]]] = {"request_level": RequestLevel, "slack": Slack, "wrr": WeightedRoundRobin}
 
 
 def turn_policy(name: str, **settings: float) -> TurnPolicy[Any]:

@@ -44,6 +44,7 @@ class DecodeView:
     now_s: float
     active: ModelName | None  # the model bound to the skeleton
     batches: tuple[BatchView, ...]
+    can_prefetch: bool = True  # there is room for weights beside the active model's, so they can be loaded while it computes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
