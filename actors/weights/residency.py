@@ -118,7 +118,7 @@ class Residency:
         except BaseException:
             self._restore(former, spec.model)
             raise
-        self.active, self._former = spec.model, former
+        self.active, self._former = spec.model, former if resident.load is not None else None
         now_s = self.clock()
         self.popularity[spec.model] = self.popularity.get(spec.model, Popularity()).touched(now_s)
         was_prefetched, resident.is_prefetched, resident.used_s = resident.is_prefetched, False, now_s

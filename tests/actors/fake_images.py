@@ -109,7 +109,7 @@ def residency_of(images: FakeImages, num_groups: int, num_kv_slabs: int = 2, clo
 
 @dataclass
 class HeldCopy:
-    """Copies as the loader does, but from piece `hold_from` on waits until it is let go; `error` is then raised instead."""
+    """Copies as the loader does, but from piece `hold_from` on waits until it is let go; `error` is raised in place of that piece."""
 
     hold_from: int | None = None
     error: Exception | None = None
@@ -125,6 +125,6 @@ class HeldCopy:
         if self.hold_from is not None and piece >= self.hold_from:
             self.held.set()
             self.timed_out |= not self.go.wait(HOLD_S)
-            if self.error is not None:
+            if self.error is not None and piece == self.hold_from:
                 raise self.error
         copy_bytes(target, source)

@@ -184,7 +184,6 @@ def test_a_former_model_that_had_to_leave_is_loaded_again_when_the_stream_fails(
     assert switch is not None and switch.evicted == (SMALL,)
 
     def computed(_layer: int) -> None:
-        copy.hold_from = None  # for the former model's way back
         copy.go.set()
 
     with pytest.raises(PolymuxError, match="gone"):
@@ -329,13 +328,13 @@ def test_a_model_that_was_moved_computes_the_same_bits(store: Store) -> None:
     engine.close()
 
 
-def test_residents_are_moved_together_where_no_gap_is_large_enough() -> None:
+def test_models_with_work_are_moved_together_where_no_gap_is_large_enough() -> None:
     images = FakeImages({A: 4, B: 4, C: 4, ModelName("d"): 8})
     residency = residency_of(images, 16)
     for model in "abc":
         residency.switch(images.spec(model))
     residency.evict(B)  # four groups free in the middle, four at the end
-    switch = residency.switch(images.spec("d"))
+    switch = residency.switch(images.spec("d"), wanted=(A, C))
     assert switch.evicted == () and set(residency.residents) == {A, C, "d"}
     for model, resident in residency.residents.items():
         assert bytes(resident.weights.numpy()) == images.data[model]
@@ -356,8 +355,8 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(OPERATIONS, min_size=1, max_size=25), st.sampled_from(["", "a", "b"]))
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=st.lists(OPERATIONS, min_size=1, max_size=25), pinned=st.sampled_from(["", "a", "b"]))
 def test_whatever_is_switched_prefetched_evicted_or_fails_the_books_and_the_bytes_are_right(
     operations: list[tuple[str, ModelName, str]], pinned: str, copy: HeldCopy
 ) -> None:
@@ -373,8 +372,7 @@ def test_whatever_is_switched_prefetched_evicted_or_fails_the_books_and_the_byte
                     residency.switch(spec, wanted=(B, C))
                     assert residency.active == model
                 except PolymuxError:
-                    assert residency.active == active or residency.active is None
-                    assert not (fault == "" and active is not None and residency.active is None)
+                    assert residency.active == active
             elif operation == "prefetch":
                 residency.prefetch(spec, wanted=(B, C))
                 assert residency.active == active

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymux.disagg.eviction import EvictionPlan, Popularity, plan_eviction, value
-from polymux.disagg.views import ArenaView, ResidentView
+from polymux.disagg.eviction import EvictionPlan, Move, Popularity, plan_eviction, plan_release, plan_room, value
+from polymux.disagg.views import ArenaView, CachedView, ResidentView
 from polymux.transport.units import ModelName
 
 KIB = 1024
@@ -136,6 +137,82 @@ def test_offsets_are_aligned_behind_a_resident_of_odd_size() -> None:
     odd = ResidentView(model=ModelName("a"), offset=0, nbytes=1000, reload_s=1, reuse_chance=1, has_work=False, is_locked=True)
     plan = plan_eviction(ArenaView(start=0, end=4096, residents=(odd,)), 100)
     assert plan == EvictionPlan(victims=(), offset=1024)
+
+
+# ---------------------------------------------------------------- moving what stays
+
+
+def test_what_stays_is_moved_where_that_costs_less_than_evicting_it() -> None:
+    view = arena(resident("a", 0, 4, has_work=True), resident("b", 8, 4, has_work=True))
+    plan = plan_room(view, 8 * KIB, move_bytes_per_s=1e9)
+    assert plan == EvictionPlan(victims=(), offset=4 * KIB, moves=(Move(model=ModelName("b"), offset=12 * KIB),))
+
+
+def test_an_idle_resident_of_little_value_leaves_before_a_large_one_is_moved() -> None:
+    view = arena(resident("a", 0, 7, chance=0.9), resident("b", 9, 2, chance=0.001, reload_s=0.01), end=16)
+    plan = plan_room(view, 8 * KIB, move_bytes_per_s=1e3)
+    assert plan is not None and plan.victims == (ModelName("b"),) and plan.moves == ()
+
+
+def test_what_is_being_written_neither_moves_nor_hides_the_room_beside_it() -> None:
+    loading = replace(resident("a", 6, 4, is_locked=True), is_fixed=True)
+    assert plan_room(arena(loading), 7 * KIB, move_bytes_per_s=1e9) is None
+    assert plan_room(arena(loading), 6 * KIB, move_bytes_per_s=1e9) is not None
+
+
+@settings(deadline=None)
+@given(arenas(), st.integers(1, 12), st.data())
+def test_a_plan_makes_its_room_move_by_move_and_loses_no_more_than_without_moves(view: ArenaView, size: int, data: st.DataObject) -> None:
+    fixed = data.draw(st.sets(st.sampled_from([r.model for r in view.residents]))) if view.residents else set()
+    view = replace(view, residents=tuple(replace(r, is_fixed=r.model in fixed) for r in view.residents))
+    nbytes = size * KIB
+    plan, still = plan_room(view, nbytes, move_bytes_per_s=1e9), plan_eviction(view, nbytes)
+    assert plan is not None or still is None
+    if plan is None:
+        return
+    held = {r.model: (r.offset, r.offset + r.nbytes) for r in view.residents}
+    locked = {r.model for r in view.residents if r.is_locked}
+    assert not locked.intersection(plan.victims)
+    for victim in plan.victims:
+        del held[victim]
+
+    def is_free(begin: int, end: int, mover: ModelName | None) -> bool:
+        others = (span for model, span in held.items() if model != mover)
+        return view.start <= begin and end <= view.end and all(end <= low or begin >= high for low, high in others)
+
+    for move in plan.moves:
+        assert move.model not in fixed and move.offset % 256 == 0
+        length = held[move.model][1] - held[move.model][0]
+        assert is_free(move.offset, move.offset + length, move.model)
+        held[move.model] = (move.offset, move.offset + length)
+    assert plan.offset % 256 == 0 and is_free(plan.offset, plan.offset + nbytes, None)
+    if still is not None:
+        working = {r.model for r in view.residents if r.has_work}
+        assert len(working.intersection(plan.victims)) <= len(working.intersection(still.victims))
+
+
+@settings(deadline=None)
+@given(arenas(), st.integers(1, 12))
+def test_without_locks_room_is_found_whenever_there_is_enough_in_all(view: ArenaView, size: int) -> None:
+    view = replace(view, residents=tuple(replace(r, is_locked=False) for r in view.residents))
+    plan = plan_room(view, size * KIB, move_bytes_per_s=1e9)
+    assert (plan is not None) == (size * KIB <= view.end)
+    if plan is not None and sum(r.nbytes for r in view.residents) + size * KIB <= view.end:
+        assert not any(r.has_work for r in view.residents if r.model in plan.victims)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 5)), max_size=8), st.integers(0, 40))
+def test_bytes_are_taken_from_the_least_valuable_and_never_more_than_asked_for(sizes: list[tuple[int, float]], wanted: int) -> None:
+    holders = [CachedView(holder=str(i), nbytes=nbytes, value=worth) for i, (nbytes, worth) in enumerate(sizes)]
+    given_back = plan_release(holders, wanted)
+    assert sum(nbytes for _, nbytes in given_back) == min(wanted, sum(h.nbytes for h in holders))
+    by_name = {h.holder: h for h in holders}
+    taken = dict(given_back)
+    assert all(0 < nbytes <= by_name[name].nbytes for name, nbytes in given_back)
+    for holder in holders:
+        if taken.get(holder.holder, 0) < holder.nbytes:  # it kept some: nobody worth more gave any
+            assert all(by_name[name].value <= holder.value for name in taken)
 
 
 # ---------------------------------------------------------------- chance of reuse
