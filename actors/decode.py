@@ -6,35 +6,45 @@ failed stay in quarantine until the transport says that nobody writes to them an
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from typing import Any
 
 import torch
 
+from polymux.actors.copier import Copier
 from polymux.actors.engine import Engine
 from polymux.actors.grants import Grants
+from polymux.actors.host_tier import HostTier
 from polymux.actors.kept import KeptSequences
 from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
+from polymux.actors.room import Room
 from polymux.actors.sampler import sample_each
 from polymux.actors.sequence import Phase, Sequence
+from polymux.actors.swap import Swapper
 from polymux.actors.turns import Turns
 from polymux.actors.updates import failure, moved, token_update
-from polymux.disagg.batching import choose_victims, form_batch, next_grant
 from polymux.disagg.multiplex import Turn, TurnPolicy
-from polymux.disagg.views import HolderView, RunningView, WaitingView
 from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Draining, Overloaded, PolymuxError, TransferError
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
-from polymux.transport.messages import Generate, ModelLoad, SpanKind
+from polymux.transport.messages import Generate, ModelLoad, Peer, SpanKind
 from polymux.transport.units import ClientId, ModelName, SequenceId
 
 
 class DecodeRole:
     """Driven by the engine thread: `accept`, `cancel`, `client_lost`, `kv_event` for what came in, then `step` while it returns True."""
 
-    def __init__(self, engine: Engine, grants: Grants, policy: TurnPolicy[Any], meter: Meter, outbox: Outbox, kept: KeptSequences) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        grants: Grants,
+        policy: TurnPolicy[Any],
+        meter: Meter,
+        outbox: Outbox,
+        kept: KeptSequences,
+        tier: HostTier | None = None,
+        copier: Copier | None = None,
+    ) -> None:
         self._engine = engine
         self._meter = meter
         self._outbox = outbox
@@ -42,11 +52,17 @@ class DecodeRole:
         self._kept = kept  # those that were given up here, until another worker has them
         self._sequences: dict[SequenceId, Sequence] = {}
         self._turns = Turns(engine, meter, policy)
+        self._swaps = Swapper(engine, meter, tier, copier, on_back=self._turns.came)
+        self._room = Room(engine, self._swaps, meter)
         self._num_accepted = 0
 
     @property
     def num_open(self) -> int:
         return len(self._sequences) + len(self._kept)
+
+    def check(self) -> None:
+        """Assert that the books of swaps are whole."""
+        self._swaps.check(self._sequences.values())
 
     # -- what came in -------------------------------------------------------------------------------------------------
 
@@ -89,7 +105,7 @@ class DecodeRole:
                 del self._sequences[sequence.command.sequence_id]
                 self._kept.add(sequence)
                 self._outbox.add(sequence.client_id, moved(sequence.command.sequence_id, len(sequence.output_ids)))
-            elif sequence.phase is not Phase.PREFILLING:
+            elif sequence.phase not in (Phase.PREFILLING, Phase.SWAPPING_IN):
                 self._fail(sequence, Draining(f"sequence {sequence.command.sequence_id} is to run on another worker"))
 
     def kv_event(self, event: KVEvent) -> None:
@@ -140,61 +156,11 @@ class DecodeRole:
             turn = self._turns.current(s for s in self._sequences.values() if s.spec.model not in stuck)
             if turn is None:
                 return False
-            batch = self._form(turn.model)
+            batch = self._room.form(turn.model, self._sequences.values())
             if batch:
                 self._run(turn, batch)
                 return True
             stuck.add(turn.model)  # its oldest lacks a block that nobody younger could give: another model's turn
-
-    def _form(self, model: ModelName) -> list[Sequence]:
-        """The sequences that step now, each with room for its token; the youngest are preempted when blocks run out."""
-        pool = self._engine.pool(model)
-        running = [s for s in self._sequences.values() if s.phase is Phase.RUNNING and s.spec.model == model]
-        views = [
-            RunningView(sequence_id=s.command.sequence_id, order=s.order, context_len=s.num_cached, num_blocks=len(s.block_ids))
-            for s in running
-        ]
-        batch = form_batch(views, max_num_seqs=self._engine.settings.max_num_seqs, num_free_blocks=pool.num_free)
-        if batch.num_short_blocks and self._make_room(model, batch.num_short_blocks, min(s.order for s in running)):
-            batch = form_batch(views, max_num_seqs=self._engine.settings.max_num_seqs, num_free_blocks=pool.num_free)
-        for sequence_id in batch.preempt:
-            self._preempt(self._sequences[sequence_id])
-        step = [self._sequences[sequence_id] for sequence_id in batch.step]
-        for sequence in step:
-            if wanted := sequence.num_blocks_wanted:
-                sequence.block_ids += pool.allocate(wanted)
-        return step
-
-    def _make_room(self, model: ModelName, num_blocks: int, order: int) -> bool:
-        """Preempt younger sequences of other models until this model's oldest has its block.
-
-        Bytes alone do not tell: a slab changes its model only when all of it is free, and it may hold blocks of several sequences.
-        """
-        pool = self._engine.pool(model)
-        holders = [
-            HolderView(
-                sequence_id=s.command.sequence_id, model=s.spec.model, order=s.order, kv_bytes=len(s.block_ids) * s.spec.kv.block_bytes
-            )
-            for s in self._sequences.values()
-            if s.phase is Phase.RUNNING and s.spec.model != model
-        ]
-        needed_bytes = num_blocks * self._engine.spec(model).kv.block_bytes
-        while pool.num_free < num_blocks:
-            victims = choose_victims(holders, needed_bytes=needed_bytes, order=order)
-            if not victims:
-                return False
-            for sequence_id in victims:
-                self._preempt(self._sequences[sequence_id])
-            holders = [holder for holder in holders if holder.sequence_id not in victims]
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Give its blocks back; it waits for new ones and is prefilled again, prompt and outputs."""
-        self._engine.pool(sequence.spec.model).free(sequence.block_ids)
-        sequence.block_ids = []
-        sequence.phase = Phase.WAITING
-        sequence.num_preemptions += 1
-        self._meter.preempted()
 
     def _run(self, turn: Turn, batch: list[Sequence]) -> None:
         wanted = {s.spec.model for s in self._sequences.values()}
@@ -229,35 +195,20 @@ class DecodeRole:
     # -- grants and endings -------------------------------------------------------------------------------------------
 
     def _grant(self) -> None:
-        """Give blocks to those that wait, oldest first, and send their prefill orders. A full prefill worker gets its later."""
-        short = self._first_short()
-        waiting = {s.command.sequence_id: s for s in self._sequences.values() if s.phase is Phase.WAITING and s.order < short}
-        held = Counter(s.spec.model for s in self._sequences.values() if s.phase is not Phase.WAITING)
-        while waiting:
-            views = [
-                WaitingView(sequence_id=key, model=s.spec.model, order=s.order, num_blocks=s.spec.kv.num_blocks(s.num_tokens + 1))
-                for key, s in waiting.items()
-            ]
-            free = {s.spec.model: self._engine.pool(s.spec.model).num_free for s in waiting.values()}
-            chosen = next_grant(views, num_held=held, num_free_blocks=free, max_num_seqs=self._engine.settings.max_num_seqs)
-            if chosen is None:
-                return
-            sequence = waiting.pop(chosen)
+        """Give blocks to those in line: swapped sequences come back, others are prefilled, once their prefill worker has room."""
+        full: set[Peer | None] = set()
+        while (sequence := self._room.next_in_line(self._sequences.values(), full)) is not None:
+            if sequence.phase is Phase.SWAPPED:
+                if not self._swaps.swap_in(sequence):
+                    return  # the end of some copy wakes us
+                continue
             try:
                 self._grants.order(sequence)
-                held[sequence.spec.model] += 1
             except PolymuxError as error:
                 if not isinstance(error, Overloaded) or self._grants.is_idle:
                     self._not_filled(sequence, error)
                     continue
-                full = sequence.prefill  # the end of one of its transfers wakes us
-                waiting = {key: s for key, s in waiting.items() if s.prefill != full}
-
-    def _first_short(self) -> float:
-        """The place in line of the oldest running sequence without room for its token: nobody behind it is granted blocks before."""
-        running = (s for s in self._sequences.values() if s.phase is Phase.RUNNING)
-        short = (s for s in running if (wanted := s.num_blocks_wanted) > 0 and wanted > self._engine.pool(s.spec.model).num_free)
-        return min((s.order for s in short), default=math.inf)
+                full.add(sequence.prefill)  # the end of one of its transfers wakes us
 
     def _fail(self, sequence: Sequence, error: PolymuxError) -> None:
         self._outbox.add(sequence.client_id, failure(sequence.command.sequence_id, len(sequence.output_ids), error))
@@ -268,9 +219,9 @@ class DecodeRole:
         del self._sequences[sequence.command.sequence_id]
         if sequence.phase is Phase.PREFILLING:
             self._grants.cancel(sequence, reason)
+            sequence.block_ids = []
         else:
-            self._engine.pool(sequence.spec.model).free(sequence.block_ids)
-        sequence.block_ids = []
+            self._swaps.release(sequence)
 
     def _expire(self) -> None:
         self._kept.expire()
@@ -303,7 +254,7 @@ class DecodeRole:
                 is_resident=model in residents,
                 num_waiting=sum(s.phase is not Phase.RUNNING for s in sequences),
                 num_running=sum(s.phase is Phase.RUNNING for s in sequences),
-                waiting_tokens=sum(s.num_tokens for s in sequences if s.phase is not Phase.RUNNING),
+                waiting_tokens=sum(s.num_tokens for s in sequences if s.phase in (Phase.WAITING, Phase.PREFILLING)),
                 kv_tokens=sum(s.num_cached for s in sequences if s.phase is Phase.RUNNING),
             )
             for model, sequences in sorted(by_model.items())

@@ -6,9 +6,20 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 
+from polymux.actors.copier import Copied
 from polymux.actors.timeline import Timeline
 from polymux.actors.weights.residency import Loaded, Switch
-from polymux.disagg.cost import Fit, Roofline, decode_features, guess_decode, guess_prefill, guess_switch, prefill_features, switch_features
+from polymux.disagg.cost import (
+    Fit,
+    Roofline,
+    decode_features,
+    guess_decode,
+    guess_prefill,
+    guess_swap,
+    guess_switch,
+    prefill_features,
+    switch_features,
+)
 from polymux.transport.kv import EdgeStats
 from polymux.transport.messages import ModelCost, ModelSpec, SpanKind
 from polymux.transport.units import ModelName
@@ -39,6 +50,7 @@ class Meter:
         self._prefill: dict[ModelName, _Cost] = {}
         self._decode: dict[ModelName, _Cost] = {}
         self._switch = _Cost(guess_switch(self._device))
+        self._swap = _Cost(guess_swap(self._device))
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
 
@@ -49,6 +61,14 @@ class Meter:
 
     def predict_decode_s(self, model: ModelName, num_seqs: int, kv_tokens: int) -> float:
         return self._decode[model].fit.predict(decode_features(num_seqs, kv_tokens))
+
+    def predict_prefill_s(self, model: ModelName, num_tokens: int) -> float:
+        """Of one prompt by itself."""
+        return self._prefill[model].fit.predict(prefill_features([(0, num_tokens)]))
+
+    def predict_swap_s(self, nbytes: int) -> float:
+        """One way."""
+        return self._swap.fit.predict(switch_features(nbytes))
 
     def predict_switch_s(self, nbytes: int) -> float:
         return self._switch.fit.predict(switch_features(nbytes))
@@ -103,6 +123,16 @@ class Meter:
     def handed_over(self) -> None:
         """A sequence went on to another worker with its KV."""
         self._add(sequences_moved=1)
+
+    def swapped(self, kind: SpanKind, model: ModelName, copied: Copied) -> None:
+        """Blocks of one sequence have gone to the host tier, or come back."""
+        seconds = copied.ended_s - copied.began_s
+        self._swap.observe(switch_features(copied.nbytes), seconds)
+        self._add(**{f"{kind}_blocks": copied.num_blocks, f"{kind}_bytes": copied.nbytes, f"{kind}_seconds": seconds, f"{kind}s": 1})
+        self.timeline.add(kind, model, copied.began_s, copied.ended_s, nbytes=copied.nbytes, num_seqs=1)
+
+    def swap_failed(self) -> None:
+        self._add(swap_failures=1)
 
     def costs(self) -> tuple[ModelCost, ...]:
         with self._lock:

@@ -1,8 +1,12 @@
 """A sequence on a decode worker: its tokens, its blocks, and where it stands.
 
 WAITING ──grant──▶ PREFILLING ──commit──▶ RUNNING ──last token──▶ gone
-   ▲                   │                     │
-   └── preempted ──────┼─────────────────────┘       cancel, deadline and errors lead to gone from every state
+   ▲                                      │     ▲
+   ├── preempted, to be computed again ───┤     └────────────────────────┐
+   │                                      └▶ SWAPPING_OUT ─▶ SWAPPED ─▶ SWAPPING_IN
+   └── a copy failed ─────────────────────────────┴───────────────────────┘
+
+Cancel, deadline and errors lead to gone from every state.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ class Phase(enum.Enum):
     WAITING = "waiting"  # for blocks
     PREFILLING = "prefilling"  # blocks granted, KV on its way
     RUNNING = "running"
+    SWAPPING_OUT = "swapping_out"  # its last blocks are on their way to the host tier
+    SWAPPED = "swapped"  # there, and waits for room to come back
+    SWAPPING_IN = "swapping_in"
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +43,8 @@ class Sequence:
     output_ids: list[int]
     sampler: SamplerState
     phase: Phase = Phase.WAITING
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)  # on the device; while it is swapped out, the first of its blocks
+    host_ids: list[int] = field(default_factory=list)  # in the host tier: the rest of them
     transfer_id: TransferId | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from polymux.actors.copier import Copier
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.grants import Grants
+from polymux.actors.host_tier import HostTier
 from polymux.actors.kept import KEEP_S, KeptSequences
 from polymux.actors.local_orders import LocalOrders
 from polymux.actors.mailbox import Mailbox
@@ -56,6 +58,7 @@ class _Snapshot:
     """What the engine thread last said of itself."""
 
     num_free_kv_bytes: int
+    num_free_host_bytes: int | None = None
     num_blocks_out: int = 0
     active: ModelName | None = None
     loads: tuple[ModelLoad, ...] = ()
@@ -95,6 +98,8 @@ class Worker:
         self._meter = Meter()
         self._engine.residency.on_loaded = self._meter.loaded
         self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
+        self._tier = HostTier.attach(settings.store_address, settings.token)
+        self._copier = Copier(self._mailbox.tell) if self._tier is not None else None
         self._server = WorkerServer(
             worker_id=settings.worker_id,
             token=settings.token,
@@ -165,7 +170,8 @@ class Worker:
         whole = {name: int(value) for name, value in settings.prefill_settings}
         self._prefill = PrefillRole(engine, local, prefill_policy(settings.prefill_policy, **whole), self._meter, self._outbox, kept)
         turns = turn_policy(settings.decode_policy, **dict(settings.decode_settings))
-        self._decode = DecodeRole(engine, Grants(engine, sink, local, peer), turns, self._meter, self._outbox, kept)
+        grants = Grants(engine, sink, local, peer)
+        self._decode = DecodeRole(engine, grants, turns, self._meter, self._outbox, kept, self._tier, self._copier)
         local.connect(self._prefill, self._decode)
 
     def add_model(self, spec: ModelSpec) -> None:
@@ -186,11 +192,14 @@ class Worker:
         self._mailbox.wake()
         if self._thread.is_alive():
             self._thread.join(STOP_S)
+        has_copied = self._copier is None or self._copier.close()
         for end in (self._sink, self._source):
             if end is not None:
                 end.close()
         self._server.close()
-        if not self._thread.is_alive():
+        if not self._thread.is_alive() and has_copied:
+            if self._tier is not None:
+                self._tier.close()
             self._engine.close()
 
     # -- from the transport's threads ---------------------------------------------------------------------------------
@@ -292,6 +301,7 @@ class Worker:
             costs=self._meter.costs(),
             switch_bytes_per_s=self._meter.switch_bytes_per_s,
             num_free_kv_bytes=seen.num_free_kv_bytes,
+            num_free_host_bytes=seen.num_free_host_bytes,
             num_blocks_out=seen.num_blocks_out,
             last_step_age_s=None if is_idle else age_s,
             counters=self._meter.counters(self._sink.snapshot() if self._sink is not None else ()),  # one side counts a transfer
@@ -307,7 +317,8 @@ class Worker:
         engine = self._engine
         self._published = _Snapshot(
             num_free_kv_bytes=engine.blocks.num_free_bytes,
-            num_blocks_out=engine.blocks.num_out,
+            num_free_host_bytes=self._tier.num_free_bytes if self._tier is not None else None,
+            num_blocks_out=engine.blocks.num_out + (self._tier.blocks.num_out if self._tier is not None else 0),
             active=engine.residency.active,
             loads=self._decode.loads(),
             prefills=self._prefill.loads(),

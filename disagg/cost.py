@@ -35,6 +35,7 @@ TINY_S = 1e-7  # no prediction is below it
 PREFILL_ANCHORS = ((1.0, 16.0, 256.0), (1.0, 256.0, 65536.0), (1.0, 4096.0, 16777216.0))
 DECODE_ANCHORS = ((1.0, 1.0, 64.0), (1.0, 8.0, 4096.0), (1.0, 64.0, 65536.0))
 SWITCH_ANCHORS = ((1.0, 1e6), (1.0, 1e9))
+SWAP_ANCHORS = ((1.0, 1e4), (1.0, 1e7))
 
 
 def prefill_features(chunks: Iterable[tuple[int, int]]) -> Vector:
@@ -227,6 +228,7 @@ class Roofline:
     copy_bytes_per_s: float = 8e9  # into the arena
     step_overhead_s: float = 1e-3
     switch_overhead_s: float = 1e-3
+    swap_overhead_s: float = 2e-5  # of one copy between the arena and the host tier
 
 
 def guess_prefill(spec: ModelSpec, device: Roofline) -> Fit:
@@ -248,3 +250,7 @@ def guess_decode(spec: ModelSpec, device: Roofline) -> Fit:
 
 def guess_switch(device: Roofline) -> Fit:
     return Fit.guessed((device.switch_overhead_s, 1 / device.copy_bytes_per_s), SWITCH_ANCHORS)
+
+
+def guess_swap(device: Roofline) -> Fit:
+    return Fit.guessed((device.swap_overhead_s, 1 / device.copy_bytes_per_s), SWAP_ANCHORS)

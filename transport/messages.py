@@ -257,9 +257,10 @@ class WorkerReport:
     costs: tuple[ModelCost, ...]
     switch_bytes_per_s: float
     num_free_kv_bytes: int
-    num_blocks_out: int  # held by sequences, grants and quarantine
+    num_blocks_out: int  # held by sequences, grants and quarantine, in the arena and in the host tier
     last_step_age_s: float | None  # None: idle, and the last probe passed
     counters: tuple[tuple[str, float], ...] = ()  # telemetry, by metric name
+    num_free_host_bytes: int | None = None  # of the node's host tier, which its workers share; None without one
     prefills: tuple[ModelLoad, ...] = ()  # as prefill worker: the prompts that were ordered here
     cached_prefixes: PackedIds = NO_IDS  # marks (`prefix.mark`) of the cached blocks used last, at most MAX_CACHED_MARKS
 

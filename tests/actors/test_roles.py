@@ -130,7 +130,7 @@ def two_in_one_slab() -> tuple[DecodeRole, FakeGrants, Engine]:
 
 def test_the_oldest_gets_a_slab_that_two_younger_sequences_share() -> None:
     role, _, engine = two_in_one_slab()
-    assert [s.command.sequence_id for s in role._form(A)] == ["old"]
+    assert [s.command.sequence_id for s in role._room.form(A, role._sequences.values())] == ["old"]
     assert all(s.phase is Phase.WAITING for s in role._sequences.values() if s.spec.model == B)
     engine.blocks.check()
 
@@ -138,10 +138,10 @@ def test_the_oldest_gets_a_slab_that_two_younger_sequences_share() -> None:
 def test_nobody_younger_is_granted_blocks_while_an_older_sequence_lacks_one() -> None:
     """Or a sequence that was preempted for it would take the same blocks again, step after step."""
     role, grants, _ = two_in_one_slab()
-    role._preempt(role._sequences[SequenceId("youngest")])
+    role._room.preempt(role._sequences[SequenceId("youngest")])
     role._grant()
     assert grants.ordered == []
-    role._form(A)
+    role._room.form(A, role._sequences.values())
     role._drop(role._sequences[SequenceId("old")], "finished")
     role._grant()
     assert grants.ordered == ["young", "youngest"]

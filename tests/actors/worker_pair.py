@@ -30,11 +30,11 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 class Pair:
     """Two workers, a store, and a client that collects tokens."""
 
-    def __init__(self, *, decode_kv_bytes: int, batch_invariant: bool, kv: KVSettings, keep_s: float) -> None:
+    def __init__(self, *, decode_kv_bytes: int, batch_invariant: bool, kv: KVSettings, keep_s: float, host_kv_bytes: int) -> None:
         self._keep_s = keep_s
         self._kv = kv
         torch.set_num_threads(1)
-        self.store = StoreServer(budget_bytes=64 * MIB, layout="auto", token=TOKEN)
+        self.store = StoreServer(budget_bytes=64 * MIB, layout="auto", token=TOKEN, kv_bytes=host_kv_bytes)
         self.specs = {
             name: self.store.register(ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192))
             for name in NAMES
@@ -132,11 +132,12 @@ class Pair:
                 await asyncio.sleep(0.02)
 
     async def check_whole(self) -> None:
-        """No block is out on either side, and the books agree with the arena."""
+        """No block is out on either side, nor in the host tier, and the books agree with the memories."""
         workers = (self.prefill, self.decode)
-        await self.until(lambda: all(worker._engine.blocks.num_out == 0 for worker in workers))
-        for worker in workers:
-            worker._engine.blocks.check()
+        memories = [worker._engine.blocks for worker in workers] + [worker._tier.blocks for worker in workers if worker._tier is not None]
+        await self.until(lambda: all(blocks.num_out == 0 for blocks in memories))
+        for blocks in memories:
+            blocks.check()
 
     def close(self) -> None:
         self.decode.stop()
@@ -146,9 +147,20 @@ class Pair:
 
 @asynccontextmanager
 async def running_pair(
-    *, decode_kv_bytes: int = 16 * MIB, batch_invariant: bool = False, kv: KVSettings | None = None, keep_s: float = KEEP_S
+    *,
+    decode_kv_bytes: int = 16 * MIB,
+    batch_invariant: bool = False,
+    kv: KVSettings | None = None,
+    keep_s: float = KEEP_S,
+    host_kv_bytes: int = 0,
 ) -> AsyncIterator[Pair]:
-    pair = Pair(decode_kv_bytes=decode_kv_bytes, batch_invariant=batch_invariant, kv=kv or KVSettings(), keep_s=keep_s)
+    pair = Pair(
+        decode_kv_bytes=decode_kv_bytes,
+        batch_invariant=batch_invariant,
+        kv=kv or KVSettings(),
+        keep_s=keep_s,
+        host_kv_bytes=host_kv_bytes,
+    )
     readers = await pair.connect()
     try:
         yield pair
