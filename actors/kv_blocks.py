@@ -200,6 +200,10 @@ class BlockPool:
                 heapq.heappush(self._free, block_id)
         self._return_empty_slabs()
 
+    @property
+    def cached_ids(self) -> frozenset[int]:
+        return frozenset(self._cached)
+
     def is_idle(self, block_id: int) -> bool:
         return block_id in self._cached and block_id not in self._holders
 

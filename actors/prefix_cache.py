@@ -1,0 +1,246 @@
+"""The prefix cache: full KV blocks kept by the tokens they hold, so that a prompt that begins like an earlier one is not computed again.
+
+A tree for each model and salt: an edge is the tokens of one block, so a hit is by equality and no two prefixes can be taken for each other.
+Models are told apart by the digest of their weights and the layout of their KV; salts are kept apart altogether. A cached block that
+nobody holds is idle in its pool (`kv_blocks.py`) and goes as soon as its room is wanted: the one that loses least (`Shelf.value`) first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from polymux.actors.kv_blocks import BlockManager, BlockPool
+from polymux.disagg.cost import Roofline, guess_prefill
+from polymux.disagg.reuse import Worth
+from polymux.transport.messages import KVLayout, ModelSpec
+from polymux.transport.prefix import MAX_CACHED_MARKS, extend, mark, root
+from polymux.transport.units import NO_IDS, PackedIds, pack_ids
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Prefix:
+    """A point of a tree. `digest` names all tokens up to here, for the router."""
+
+    digest: bytes
+    children: dict[bytes, Block] = field(default_factory=dict)  # by the next block's packed tokens
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Root(Prefix):
+    """The empty prefix under one salt."""
+
+    salt: str
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Block(Prefix):
+    """One cached block, after its parent's tokens."""
+
+    parent: Prefix
+    tokens: bytes
+    block_id: int
+    used_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Shelf:
+    """The cached blocks of one model, which any number of names may share."""
+
+    spec: ModelSpec
+    pool: BlockPool
+    worth: Worth
+    roots: dict[str, Root] = field(default_factory=dict)  # by salt; none is empty
+    by_id: dict[int, Block] = field(default_factory=dict)
+    line: OrderedDict[Block, None] = field(default_factory=OrderedDict)  # used longest ago first, and every block before its parent
+
+    def touch(self, end: Prefix, now_s: float) -> None:
+        """This prefix is used: its blocks go to the end of the line, the last one first."""
+        while isinstance(end, Block):
+            end.used_s = now_s
+            self.line.move_to_end(end)
+            end = end.parent
+
+    def oldest_idle(self, now_s: float) -> Block | None:
+        """The next to go. Held blocks on the way are in use, and told so."""
+        for _ in range(len(self.line)):
+            block = next(iter(self.line))
+            if self.pool.is_idle(block.block_id):
+                return block
+            self.touch(block, now_s)
+        return None
+
+    def value(self, used_s: float, now_s: float) -> float:
+        """Seconds that a block used then is expected to save, a byte."""
+        return self.worth.per_byte(used_s, now_s)
+
+
+class PrefixCache:
+    """Of one engine, whose thread calls everything here. Blocks that `match` returns are the caller's to free."""
+
+    def __init__(self, blocks: BlockManager, clock: Callable[[], float], *, is_enabled: bool = True) -> None:
+        self._blocks = blocks
+        self._clock = clock
+        self._is_enabled = is_enabled
+        self._shelves: dict[tuple[str, KVLayout], Shelf] = {}
+        self._slab_used_s: dict[tuple[KVLayout, int], float] = {}  # when a block of it was last used
+        self.num_inserted = 0  # blocks, ever: a prompt that found no more may look again when this has risen
+        self.num_evicted = 0
+        self._marks: tuple[int, PackedIds] = (0, NO_IDS)  # at which change, and what
+        if is_enabled:
+            blocks.reclaim_from(self)
+
+    def match(self, spec: ModelSpec, salt: str, token_ids: Sequence[int], *, first_block: int = 0) -> list[int]:
+        """The blocks from number `first_block` on of the longest cached prefix, each with the caller as one holder more.
+
+        At least one token is left over, since somebody has to compute the last one's logits.
+        """
+        shelf = self._shelves.get((spec.digest, spec.kv))
+        if shelf is None:
+            return []
+        if not first_block:
+            shelf.worth = shelf.worth.touched(self._clock())
+        end: Prefix | None = shelf.roots.get(salt)
+        found: list[int] = []
+        for tokens in _edges(token_ids, spec.kv.block_size, (len(token_ids) - 1) // spec.kv.block_size):
+            child = end.children.get(tokens) if end is not None else None
+            if child is None:
+                break
+            end = child
+            found.append(child.block_id)
+        if end is None or len(found) <= first_block:
+            return []
+        self._touch(shelf, end)
+        shelf.pool.share(found[first_block:])
+        return found[first_block:]
+
+    def insert(self, spec: ModelSpec, salt: str, token_ids: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Keep the full blocks of these tokens, which the caller holds and whose KV is final. What is cached already stays as it is."""
+        num_blocks = min(len(token_ids) // spec.kv.block_size, len(block_ids))
+        if not self._is_enabled or not num_blocks:
+            return
+        shelf = self._shelf(spec)
+        now_s = self._clock()
+        end: Prefix = shelf.roots.get(salt) or shelf.roots.setdefault(salt, Root(digest=root(spec, salt), salt=salt))
+        for block_id, tokens in zip(block_ids, _edges(token_ids, spec.kv.block_size, num_blocks), strict=False):
+            child = end.children.get(tokens)
+            if child is None:
+                shelf.pool.cache(block_id)
+                child = Block(digest=extend(end.digest, tokens), parent=end, tokens=tokens, block_id=block_id, used_s=now_s)
+                end.children[tokens] = shelf.by_id[block_id] = child
+                shelf.line[child] = None
+                self.num_inserted += 1
+            end = child
+        self._touch(shelf, end)
+
+    def _shelf(self, spec: ModelSpec) -> Shelf:
+        key = (spec.digest, spec.kv)
+        shelf = self._shelves.get(key)
+        if shelf is None:
+            _, token_s, _ = guess_prefill(spec, Roofline()).coefficients
+            worth = Worth(seconds=token_s * spec.kv.block_size, nbytes=spec.kv.block_bytes).touched(self._clock())
+            shelf = self._shelves[key] = Shelf(spec, self._blocks.pool(spec.kv), worth)
+        return shelf
+
+    def _touch(self, shelf: Shelf, end: Prefix) -> None:
+        now_s = self._clock()
+        shelf.touch(end, now_s)
+        while isinstance(end, Block):
+            self._slab_used_s[shelf.spec.kv, shelf.pool.slab_of(end.block_id)] = now_s
+            end = end.parent
+
+    # -- giving room back ---------------------------------------------------------------------------------------------
+
+    def reclaim(self, pool: BlockPool, num_blocks: int) -> None:
+        """Uncache what is worth least: idle blocks of this layout one by one, slabs of others whole, until so many can be allocated."""
+        now_s = self._clock()
+        shelves = [shelf for shelf in self._shelves.values() if shelf.pool is pool]
+        heads = [(shelf.value(block.used_s, now_s), i) for i, shelf in enumerate(shelves) if (block := shelf.oldest_idle(now_s))]
+        heapq.heapify(heads)
+        slabs = sorted(self._idle_slabs_beside(pool, now_s), key=lambda one: one[0], reverse=True)
+        while pool.num_ready < num_blocks and (heads or slabs):
+            if not heads or (slabs and slabs[-1][0] < heads[0][0]):
+                _, other, slab = slabs.pop()
+                self._evict_slab(other, slab)
+                continue
+            _, i = heapq.heappop(heads)
+            block = shelves[i].oldest_idle(now_s)
+            if block is not None:
+                self._evict(shelves[i], block)
+            if (block := shelves[i].oldest_idle(now_s)) is not None:
+                heapq.heappush(heads, (shelves[i].value(block.used_s, now_s), i))
+
+    def _idle_slabs_beside(self, pool: BlockPool, now_s: float) -> Iterator[tuple[float, BlockPool, int]]:
+        """Slabs of other layouts that hold nothing but idle blocks, with what their best block is worth at most."""
+        for layout, other in self._blocks.pools.items():
+            if other is not pool:
+                shelves = [shelf for shelf in self._shelves.values() if shelf.pool is other]
+                for slab in other.idle_slabs:
+                    used_s = self._slab_used_s.get((layout, slab), 0.0)
+                    yield max((shelf.value(used_s, now_s) for shelf in shelves), default=0.0), other, slab
+
+    def _evict_slab(self, pool: BlockPool, slab: int) -> None:
+        for shelf in self._shelves.values():
+            if shelf.pool is pool:
+                for block_id in pool.ids_of(slab):
+                    if (block := shelf.by_id.get(block_id)) is not None:
+                        self._evict(shelf, block)
+
+    def _evict(self, shelf: Shelf, block: Block) -> None:
+        """Forget a block and all that follow it, which could not be found any more."""
+        gone, i = [block], 0
+        while i < len(gone):
+            gone += gone[i].children.values()
+            i += 1
+        for one in gone:
+            del shelf.line[one], shelf.by_id[one.block_id]
+        parent = block.parent
+        del parent.children[block.tokens]
+        if isinstance(parent, Root) and not parent.children:
+            del shelf.roots[parent.salt]
+        self.num_evicted += len(gone)
+        shelf.pool.uncache([one.block_id for one in gone])
+
+    # -- what others are told -----------------------------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(shelf.line) for shelf in self._shelves.values())
+
+    def marks(self) -> PackedIds:
+        """Marks of the blocks used last, newest first, of all models: for the router."""
+        change = self.num_inserted + self.num_evicted
+        if self._marks[0] != change:
+            lines = [((-block.used_s, block.digest) for block in reversed(shelf.line)) for shelf in self._shelves.values()]
+            newest = islice(heapq.merge(*lines, key=lambda one: one[0]), MAX_CACHED_MARKS)
+            self._marks = change, pack_ids(mark(digest) for _, digest in newest)
+        return self._marks[1]
+
+    def check(self) -> None:
+        """Assert that trees, lines and pools say the same."""
+        for shelf in self._shelves.values():
+            seen: set[Block] = set()
+            below: list[Prefix] = list(shelf.roots.values())
+            assert all(one.children for one in below), "an empty tree is kept"
+            while below:
+                one = below.pop()
+                assert all(child.parent is one and child.tokens == tokens for tokens, child in one.children.items())
+                below += one.children.values()
+                seen.update(one.children.values())
+            assert seen == set(shelf.line), "the line and the trees differ"
+            assert shelf.by_id == {block.block_id: block for block in seen}, "a block is cached twice"
+            place = {block: i for i, block in enumerate(shelf.line)}
+            assert all(place[block] < place[block.parent] for block in seen if isinstance(block.parent, Block)), "a parent would go first"
+        for pool in self._blocks.pools.values():
+            assert pool.cached_ids == {block_id for shelf in self._shelves.values() if shelf.pool is pool for block_id in shelf.by_id}
+
+
+def _edges(token_ids: Sequence[int], block_size: int, num_blocks: int) -> Iterator[bytes]:
+    """The packed tokens of the first full blocks."""
+    packed = array("I", token_ids[: num_blocks * block_size]).tobytes()
+    width = block_size * array("I").itemsize
+    return (packed[start : start + width] for start in range(0, len(packed), width))
