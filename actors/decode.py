@@ -28,6 +28,7 @@ from polymux.disagg.multiplex import Turn, TurnPolicy
 from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Draining, Overloaded, PolymuxError, TransferError
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
 from polymux.transport.messages import Generate, ModelLoad, Peer, SpanKind
+from polymux.transport.prefix import TOKEN_BYTES
 from polymux.transport.units import ClientId, ModelName, SequenceId
 
 
@@ -221,7 +222,14 @@ class DecodeRole:
             self._grants.cancel(sequence, reason)
             sequence.block_ids = []
         else:
+            self._keep_prefix(sequence)
             self._swaps.release(sequence)
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Its full blocks stay for prompts that begin alike, once nobody holds them; they are computed or verified."""
+        if sequence.phase is Phase.RUNNING:
+            done = sequence.packed_ids[: sequence.num_cached * TOKEN_BYTES]
+            self._engine.prefixes.insert(sequence.spec, sequence.command.cache_salt, done, sequence.block_ids)
 
     def _expire(self) -> None:
         self._kept.expire()

@@ -15,6 +15,7 @@ from torch import Tensor
 from polymux.actors.arena import Arena
 from polymux.actors.kv_blocks import BlockManager, BlockPool
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.prefix_cache import PrefixCache
 from polymux.actors.weights.load import ImageSource
 from polymux.actors.weights.residency import Residency, Switch
 from polymux.transport.errors import ConfigError, ModelNotFound, PolymuxError
@@ -32,6 +33,7 @@ class EngineSettings:
     max_num_seqs: int = 64  # sequences in one decode step
     max_num_batched_tokens: int = 512  # prompt tokens in one prefill step
     batch_invariant: bool = False
+    prefix_caching: bool = True  # full blocks stay after their sequence, for prompts that begin alike
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
@@ -47,6 +49,7 @@ class Engine:
         self.clock = clock
         self.arena = Arena(region, weight_reserve_bytes=settings.weight_reserve_bytes, slab_bytes=settings.slab_bytes)
         self.blocks = BlockManager(self.arena)
+        self.prefixes = PrefixCache(self.blocks, clock, is_enabled=settings.prefix_caching)
         self.residency = Residency(self.arena, source, clock, on_leave=self._unbind)
         self.specs: dict[ModelName, ModelSpec] = {}
         self._runner = ModelRunner(batch_invariant=settings.batch_invariant)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from polymux.actors.engine import Engine
 from polymux.actors.local_orders import LocalOrders
 from polymux.actors.sequence import Phase, Sequence
+from polymux.transport.errors import NoFreeBlocks
 from polymux.transport.kv import KVCommitted, KVEdge, KVEvent, KVFailed, KVSink
 from polymux.transport.messages import Grant, Peer, Prefill
 from polymux.transport.units import TransferId, pack_ids
@@ -42,7 +43,12 @@ class Grants:
         pool = self._engine.pool(sequence.spec.model)
         peer = sequence.prefill or self._peer
         edge = self._edge(peer)
-        block_ids = pool.allocate(sequence.spec.kv.num_blocks(sequence.num_tokens_to_come))
+        found = self._cached(sequence) if edge is self._local else []
+        try:
+            block_ids = found + pool.allocate(sequence.spec.kv.num_blocks(sequence.num_tokens_to_come) - len(found))
+        except NoFreeBlocks:
+            pool.free(found)
+            raise
         transfer_id = self._sink.next_transfer_id()
         remaining_s = sequence.deadline_s - self._engine.clock()
         grant = Grant(
@@ -65,6 +71,7 @@ class Grants:
             handover=sequence.handover,
             due_in_s=sequence.due_s - self._engine.clock(),
             cache_salt=command.cache_salt,
+            num_in_place=len(found) * sequence.spec.kv.block_size,
         )
         self._live[transfer_id] = _Live(transfer_id, sequence, edge, block_ids)
         try:
@@ -74,6 +81,12 @@ class Grants:
             pool.free(block_ids)
             raise
         sequence.phase, sequence.transfer_id = Phase.PREFILLING, transfer_id
+
+    def _cached(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold what it begins with, where its prompt is to be computed on this worker."""
+        if sequence.handover is not None:
+            return []
+        return self._engine.prefixes.match(sequence.spec, sequence.command.cache_salt, sequence.packed_ids)
 
     def _edge(self, prefill: Peer) -> KVEdge | LocalOrders:
         is_here = (prefill.worker_id, prefill.epoch) == (self._peer.worker_id, self._peer.epoch)

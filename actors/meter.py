@@ -87,6 +87,10 @@ class Meter:
         now_s = self.timeline.clock()
         self.timeline.add(SpanKind.PREFILL, model, now_s - seconds, now_s, num_seqs=len(chunks), num_tokens=num_tokens)
 
+    def reused(self, num_tokens: int, num_cached: int) -> None:
+        """A prefill of so many tokens, of which some were cached."""
+        self._add(prefix_cache_queries=num_tokens, prefix_cache_hits=num_cached)
+
     def decoded(self, model: ModelName, num_seqs: int, kv_tokens: int, seconds: float) -> None:
         self._decode[model].observe(decode_features(num_seqs, kv_tokens), seconds)
         self._add(generation_tokens=num_seqs, decode_steps=1, decode_seconds=seconds)

@@ -24,6 +24,7 @@ from polymux.disagg.views import PrefillView, PromptView
 from polymux.transport.errors import Cancelled, DeadlineExceeded, NoFreeBlocks, PolymuxError
 from polymux.transport.kv import OrderRef
 from polymux.transport.messages import FinishReason, ModelLoad, ModelSpec, Prefill, Prefilled, SpanKind
+from polymux.transport.prefix import TOKEN_BYTES, chain
 from polymux.transport.units import ModelName, SequenceId, unpack_ids
 
 
@@ -41,10 +42,19 @@ class Job:
     block_ids: list[int] = field(default_factory=list)
     num_done: int = 0
     pushed_s: float | None = None  # when its first layer was offered to the transport
+    num_cached: int = 0  # of the done, found in the prefix cache
+    packed_ids: bytes = b""  # prompt and outputs, as the cache takes them
+    digests: list[bytes] = field(default_factory=list)  # of what of it may be cached
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def next_digest(self) -> bytes | None:
+        """Of the prefix that ends with the block that it computes next; None for the last, which is always computed."""
+        block = self.num_done // self.spec.kv.block_size
+        return self.digests[block] if block < len(self.digests) else None
 
     def tokens(self, start: int, count: int) -> list[int]:
         cut = len(self.prompt_ids)
@@ -86,6 +96,7 @@ class PrefillRole:
         if (older := self._jobs.get(command.sequence_id)) is not None:  # its decode worker was given up, and does not know it yet
             self._fail(older, Cancelled(f"sequence {command.sequence_id} was ordered anew"))
         self._num_accepted += 1
+        packed_ids = command.prompt_ids + command.output_ids
         job = Job(
             order=order,
             command=command,
@@ -94,9 +105,12 @@ class PrefillRole:
             deadline_s=self._engine.clock() + command.deadline_s,
             prompt_ids=unpack_ids(command.prompt_ids),
             output_ids=unpack_ids(command.output_ids),
+            packed_ids=packed_ids,
+            digests=chain(spec, command.cache_salt, packed_ids) if self._engine.settings.prefix_caching else [],
         )
         if is_local(order):  # its own decode role's blocks: computed where they are wanted
             job.block_ids = unpack_ids(command.grant.block_ids)
+            job.num_done = job.num_cached = command.num_in_place
             self._engine.pool(command.model).share(job.block_ids)
         self._jobs[command.sequence_id] = job
 
@@ -164,15 +178,58 @@ class PrefillRole:
     def _ready(self) -> list[Job]:
         """Those that hold blocks, which are taken in line: a prompt that lacks some is overtaken by nobody, or short ones would starve it.
 
-        A prompt takes all its blocks before its first chunk, so that no two half-done ones wait for each other.
+        A prompt takes all its blocks before its first chunk, so that no two half-done ones wait for each other. One whose next block
+        an older one is about to compute waits for it, and goes on with the cached block.
         """
-        for job in self._jobs.values():
-            if not job.block_ids:
-                try:
-                    job.block_ids = self._engine.pool(job.spec.model).allocate(job.spec.kv.num_blocks(job.num_tokens))
-                except NoFreeBlocks:
-                    break
-        return [job for job in self._jobs.values() if job.block_ids]
+        for job in list(self._jobs.values()):
+            try:
+                if not job.block_ids:
+                    self._take_blocks(job)
+                elif (digest := job.next_digest) is not None and self._engine.prefixes.has(digest):
+                    self._adopt(job)
+            except NoFreeBlocks:
+                break
+            except PolymuxError as error:
+                self._fail(job, error)
+        begun: set[bytes] = set()
+        return [job for job in self._jobs.values() if job.block_ids and _is_first(job.next_digest, begun)]
+
+    def _take_blocks(self, job: Job) -> None:
+        """All that it needs, cached ones first. Raises NoFreeBlocks, and takes none."""
+        pool = self._engine.pool(job.spec.model)
+        found = self._engine.prefixes.match(job.spec, job.command.cache_salt, job.packed_ids)
+        try:
+            job.block_ids = found + pool.allocate(job.spec.kv.num_blocks(job.num_tokens) - len(found))
+        except NoFreeBlocks:
+            pool.free(found)
+            raise
+        self._skip(job, found)
+
+    def _adopt(self, job: Job) -> None:
+        """Go on with what is cached beyond this job's own blocks, which are given up for it; granted ones get the bytes instead."""
+        first = job.num_done // job.spec.kv.block_size
+        found = self._engine.prefixes.match(job.spec, job.command.cache_salt, job.packed_ids, first_block=first)
+        pool = self._engine.pool(job.spec.model)
+        if is_local(job.order):
+            try:
+                self._skip(job, found)
+            finally:
+                pool.free(found)
+            return
+        pool.free(job.block_ids[first : first + len(found)])
+        job.block_ids[first : first + len(found)] = found
+        self._skip(job, found)
+
+    def _skip(self, job: Job, found: list[int]) -> None:
+        """The next blocks need no computing: push them, all layers at once."""
+        if not found:
+            return
+        first = job.num_done // job.spec.kv.block_size
+        num_done = (first + len(found)) * job.spec.kv.block_size
+        job.num_cached += num_done - job.num_done
+        job.num_done = num_done
+        job.pushed_s = job.pushed_s or self._engine.clock()
+        self._source.push(job.order, 0, job.spec.kv.num_layers, found, first)
 
     def _run(self, step: PrefillStep, jobs: list[Job]) -> None:
         wanted = {job.spec.model for job in self._jobs.values()}
@@ -196,6 +253,8 @@ class PrefillRole:
         finished = [job for chunk, job in zip(step.chunks, jobs, strict=True) if chunk.is_last]
         for chunk, job in zip(step.chunks, jobs, strict=True):
             job.num_done = chunk.start + chunk.num_tokens
+            done = job.packed_ids[: job.num_done * TOKEN_BYTES]
+            self._engine.prefixes.insert(job.spec, job.command.cache_salt, done, job.block_ids)
         self._finish(finished, logits)
 
     def _push(self, layer: int, step: PrefillStep, jobs: list[Job]) -> None:
@@ -229,7 +288,10 @@ class PrefillRole:
 
     def _commit(self, job: Job, index: int, token: SampledToken, reason: FinishReason | None) -> None:
         sequence_id = job.command.sequence_id
-        self._outbox.add(job.command.client_id, token_update(sequence_id, index, token, reason))
+        cached = min(job.num_cached, len(job.prompt_ids)) if index == 0 else 0  # a replay or a resumption is not the user's prompt
+        self._outbox.add(job.command.client_id, token_update(sequence_id, index, token, reason, cached_tokens=cached))
+        if self._engine.settings.prefix_caching:
+            self._meter.reused(job.num_tokens, job.num_cached)
         self._leave(job)
         self._source.commit(job.order, Prefilled(sequence_id=sequence_id, token_id=token.token_id, finish_reason=reason))
 
@@ -270,3 +332,13 @@ class PrefillRole:
             )
             for model in sorted(waiting)
         )
+
+
+def _is_first(digest: bytes | None, begun: set[bytes]) -> bool:
+    """Does no job before this one compute that block? Notes it."""
+    if digest is None:
+        return True
+    if digest in begun:
+        return False
+    begun.add(digest)
+    return True

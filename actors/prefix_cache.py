@@ -8,7 +8,7 @@ nobody holds is idle in its pool (`kv_blocks.py`) and goes as soon as its room i
 from __future__ import annotations
 
 import heapq
-from array import array
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from polymux.actors.kv_blocks import BlockManager, BlockPool
 from polymux.disagg.cost import Roofline, guess_prefill
 from polymux.disagg.reuse import Worth
 from polymux.transport.messages import KVLayout, ModelSpec
-from polymux.transport.prefix import MAX_CACHED_MARKS, extend, mark, root
+from polymux.transport.prefix import MAX_CACHED_MARKS, TOKEN_BYTES, blocks_of, extend, mark, num_matchable, root
 from polymux.transport.units import NO_IDS, PackedIds, pack_ids
 
 
@@ -88,14 +88,16 @@ class PrefixCache:
         self._is_enabled = is_enabled
         self._shelves: dict[tuple[str, KVLayout], Shelf] = {}
         self._slab_used_s: dict[tuple[KVLayout, int], float] = {}  # when a block of it was last used
-        self.num_inserted = 0  # blocks, ever: a prompt that found no more may look again when this has risen
+        self._digests: set[bytes] = set()
+        self.num_inserted = 0  # blocks, ever
         self.num_evicted = 0
-        self._marks: tuple[int, PackedIds] = (0, NO_IDS)  # at which change, and what
+        self._marks = NO_IDS
+        self._marks_at, self._marks_s = 0, -math.inf  # after which change, and when
         if is_enabled:
             blocks.reclaim_from(self)
 
-    def match(self, spec: ModelSpec, salt: str, token_ids: Sequence[int], *, first_block: int = 0) -> list[int]:
-        """The blocks from number `first_block` on of the longest cached prefix, each with the caller as one holder more.
+    def match(self, spec: ModelSpec, salt: str, tokens: bytes, *, first_block: int = 0) -> list[int]:
+        """The blocks from number `first_block` on of the longest cached prefix of packed tokens, the caller one holder more of each.
 
         At least one token is left over, since somebody has to compute the last one's logits.
         """
@@ -106,8 +108,8 @@ class PrefixCache:
             shelf.worth = shelf.worth.touched(self._clock())
         end: Prefix | None = shelf.roots.get(salt)
         found: list[int] = []
-        for tokens in _edges(token_ids, spec.kv.block_size, (len(token_ids) - 1) // spec.kv.block_size):
-            child = end.children.get(tokens) if end is not None else None
+        for edge in blocks_of(tokens, spec.kv.block_size, num_matchable(tokens, spec.kv.block_size)):
+            child = end.children.get(edge) if end is not None else None
             if child is None:
                 break
             end = child
@@ -118,21 +120,26 @@ class PrefixCache:
         shelf.pool.share(found[first_block:])
         return found[first_block:]
 
-    def insert(self, spec: ModelSpec, salt: str, token_ids: Sequence[int], block_ids: Sequence[int]) -> None:
-        """Keep the full blocks of these tokens, which the caller holds and whose KV is final. What is cached already stays as it is."""
-        num_blocks = min(len(token_ids) // spec.kv.block_size, len(block_ids))
+    def has(self, digest: bytes) -> bool:
+        """Is it worth a `match`? The digest is of a prefix's chain (`prefix.chain`); only `match` compares tokens."""
+        return digest in self._digests
+
+    def insert(self, spec: ModelSpec, salt: str, tokens: bytes, block_ids: Sequence[int]) -> None:
+        """Keep the full blocks of packed tokens, which the caller holds and whose KV is final. What is cached already stays."""
+        num_blocks = min(len(tokens) // (spec.kv.block_size * TOKEN_BYTES), len(block_ids))
         if not self._is_enabled or not num_blocks:
             return
         shelf = self._shelf(spec)
         now_s = self._clock()
         end: Prefix = shelf.roots.get(salt) or shelf.roots.setdefault(salt, Root(digest=root(spec, salt), salt=salt))
-        for block_id, tokens in zip(block_ids, _edges(token_ids, spec.kv.block_size, num_blocks), strict=False):
-            child = end.children.get(tokens)
+        for block_id, edge in zip(block_ids, blocks_of(tokens, spec.kv.block_size, num_blocks), strict=False):
+            child = end.children.get(edge)
             if child is None:
                 shelf.pool.cache(block_id)
-                child = Block(digest=extend(end.digest, tokens), parent=end, tokens=tokens, block_id=block_id, used_s=now_s)
-                end.children[tokens] = shelf.by_id[block_id] = child
+                child = Block(digest=extend(end.digest, edge), parent=end, tokens=edge, block_id=block_id, used_s=now_s)
+                end.children[edge] = shelf.by_id[block_id] = child
                 shelf.line[child] = None
+                self._digests.add(child.digest)
                 self.num_inserted += 1
             end = child
         self._touch(shelf, end)
@@ -198,6 +205,7 @@ class PrefixCache:
             i += 1
         for one in gone:
             del shelf.line[one], shelf.by_id[one.block_id]
+            self._digests.discard(one.digest)
         parent = block.parent
         del parent.children[block.tokens]
         if isinstance(parent, Root) and not parent.children:
@@ -211,14 +219,15 @@ class PrefixCache:
     def num_blocks(self) -> int:
         return sum(len(shelf.line) for shelf in self._shelves.values())
 
-    def marks(self) -> PackedIds:
-        """Marks of the blocks used last, newest first, of all models: for the router."""
-        change = self.num_inserted + self.num_evicted
-        if self._marks[0] != change:
+    def marks(self, max_age_s: float = 0.0) -> PackedIds:
+        """Marks of the blocks used last, newest first, of all models: for the router. At most so old, if there are newer ones."""
+        change, now_s = self.num_inserted + self.num_evicted, self._clock()
+        if self._marks_at != change and now_s - self._marks_s >= max_age_s:
             lines = [((-block.used_s, block.digest) for block in reversed(shelf.line)) for shelf in self._shelves.values()]
             newest = islice(heapq.merge(*lines, key=lambda one: one[0]), MAX_CACHED_MARKS)
-            self._marks = change, pack_ids(mark(digest) for _, digest in newest)
-        return self._marks[1]
+            self._marks = pack_ids(mark(digest) for _, digest in newest)
+            self._marks_at, self._marks_s = change, now_s
+        return self._marks
 
     def check(self) -> None:
         """Assert that trees, lines and pools say the same."""
@@ -237,10 +246,3 @@ class PrefixCache:
             assert all(place[block] < place[block.parent] for block in seen if isinstance(block.parent, Block)), "a parent would go first"
         for pool in self._blocks.pools.values():
             assert pool.cached_ids == {block_id for shelf in self._shelves.values() if shelf.pool is pool for block_id in shelf.by_id}
-
-
-def _edges(token_ids: Sequence[int], block_size: int, num_blocks: int) -> Iterator[bytes]:
-    """The packed tokens of the first full blocks."""
-    packed = array("I", token_ids[: num_blocks * block_size]).tobytes()
-    width = block_size * array("I").itemsize
-    return (packed[start : start + width] for start in range(0, len(packed), width))

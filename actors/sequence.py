@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from polymux.actors.sampler import SamplerState
 from polymux.transport.messages import Generate, ModelSpec, Peer
-from polymux.transport.units import ClientId, SequenceId, TransferId, unpack_ids
+from polymux.transport.units import ClientId, SequenceId, TransferId, pack_ids, unpack_ids
 
 
 class Phase(enum.Enum):
@@ -73,6 +73,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def packed_ids(self) -> bytes:
+        """All tokens, as a prefix cache takes them."""
+        return self.command.prompt_ids + pack_ids(self.output_ids)
 
     @property
     def num_cached(self) -> int:

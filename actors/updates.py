@@ -8,12 +8,21 @@ from polymux.transport.messages import ErrorReport, FinishReason, SequenceUpdate
 from polymux.transport.units import SequenceId
 
 
-def token_update(sequence_id: SequenceId, index: int, token: SampledToken, reason: FinishReason | None) -> SequenceUpdate:
+def token_update(
+    sequence_id: SequenceId, index: int, token: SampledToken, reason: FinishReason | None, *, cached_tokens: int = 0
+) -> SequenceUpdate:
     """One new token at place `index` of the output."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     if token.logprob is not None:
         logprobs = (TokenLogprobs(token_id=token.token_id, logprob=token.logprob, top=token.top),)
-    return SequenceUpdate(sequence_id=sequence_id, index=index, token_ids=(token.token_id,), logprobs=logprobs, finish_reason=reason)
+    return SequenceUpdate(
+        sequence_id=sequence_id,
+        index=index,
+        token_ids=(token.token_id,),
+        logprobs=logprobs,
+        finish_reason=reason,
+        cached_tokens=cached_tokens,
+    )
 
 
 def error_report(error: PolymuxError) -> ErrorReport:

@@ -45,11 +45,12 @@ from polymux.transport.messages import (
 )
 from polymux.transport.region import Region, this_host
 from polymux.transport.stream import WorkerServer
-from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
+from polymux.transport.units import NO_IDS, PackedIds, ClientId, Epoch, ModelName, WorkerId
 
 log = logging.getLogger("polymux.worker")
 
 STOP_S = 10.0  # for the engine thread to finish its step
+MARKS_S = 0.5  # how old its list of cached prefixes may be
 PUBLISH_S = 0.1  # how old a busy worker's snapshot may be
 
 
@@ -64,6 +65,7 @@ class _Snapshot:
     loads: tuple[ModelLoad, ...] = ()
     prefills: tuple[ModelLoad, ...] = ()
     num_open: int = 0
+    cached_prefixes: PackedIds = NO_IDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +305,7 @@ class Worker:
             num_free_kv_bytes=seen.num_free_kv_bytes,
             num_free_host_bytes=seen.num_free_host_bytes,
             num_blocks_out=seen.num_blocks_out,
+            cached_prefixes=seen.cached_prefixes,
             last_step_age_s=None if is_idle else age_s,
             counters=self._meter.counters(self._sink.snapshot() if self._sink is not None else ()),  # one side counts a transfer
         )
@@ -315,6 +318,7 @@ class Worker:
     def _publish(self) -> None:
         """Swap in a new snapshot; one assignment, so that readers see the old one or the new one."""
         engine = self._engine
+        num_open = self._prefill.num_open + self._decode.num_open
         self._published = _Snapshot(
             num_free_kv_bytes=engine.blocks.num_free_bytes,
             num_free_host_bytes=self._tier.num_free_bytes if self._tier is not None else None,
@@ -322,7 +326,8 @@ class Worker:
             active=engine.residency.active,
             loads=self._decode.loads(),
             prefills=self._prefill.loads(),
-            num_open=self._prefill.num_open + self._decode.num_open,
+            num_open=num_open,
+            cached_prefixes=engine.prefixes.marks(MARKS_S if num_open else 0.0),
         )
         self._published_s = engine.clock()
 

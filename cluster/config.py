@@ -67,6 +67,7 @@ class EngineConfig(Section):
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="sequences in one decode batch of a model")
     max_num_batched_tokens: int = Field(default=512, ge=16, le=1 << 20, description="token budget of one prefill step")
     block_size: Literal[16] = Field(default=16, description="token slots in a KV block; 16 is what the kernels are built for")
+    prefix_caching: bool = Field(default=True, description="prompts that begin alike share their KV; see cache_salt in the API")
     weight_layout: Literal["auto", "plain", "onednn"] = Field(default="auto", description="how weights lie in memory; auto goes by device")
     kv_fraction: float = Field(default=0.3, gt=0, lt=1, description="share of the arena that weights may never take")
     slab_bytes: AutoBytes = Field(default=None, description="unit in which KV memory is given to models; auto fits their blocks")

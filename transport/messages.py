@@ -170,6 +170,7 @@ class Prefill:
     due_in_s: float  # until the token that this prefill makes is due, at sending; negative when it is late
     handover: SequenceId | None = None
     cache_salt: str = ""
+    num_in_place: int = 0  # tokens whose KV the granted blocks hold already: an order of a worker to itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ what travels is the first 32 bits, a *mark*, by which the router guesses who has
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from polymux.transport.messages import ModelSpec
 from polymux.transport.units import PackedIds, pack_ids
@@ -41,14 +41,35 @@ def mark(digest: bytes) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-def marks_of(spec: ModelSpec, salt: str, prompts: Iterable[bytes]) -> PackedIds:
-    """The marks of the full blocks that all of these packed prompts begin with, in order, as many as an `Admit` carries."""
-    first, *others = dict.fromkeys(prompts)
-    size = spec.kv.block_size * TOKEN_BYTES
+def num_matchable(tokens: bytes, block_size: int) -> int:
+    """The full blocks of packed tokens that may come from a cache: one token at least is computed, for its logits."""
+    return max(len(tokens) // TOKEN_BYTES - 1, 0) // block_size
+
+
+def blocks_of(tokens: bytes, block_size: int, num_blocks: int) -> Iterator[bytes]:
+    """The first full blocks of packed tokens."""
+    width = block_size * TOKEN_BYTES
+    return (tokens[start : start + width] for start in range(0, num_blocks * width, width))
+
+
+def chain(spec: ModelSpec, salt: str, tokens: bytes) -> list[bytes]:
+    """The digests of the prefixes that end with each matchable block of packed tokens."""
     digest, found = root(spec, salt), []
-    for start in range(0, min(len(first) // size, MAX_PROMPT_MARKS) * size, size):
-        block = first[start : start + size]
-        if any(other[start : start + size] != block for other in others):
+    for block in blocks_of(tokens, spec.kv.block_size, num_matchable(tokens, spec.kv.block_size)):
+        digest = extend(digest, block)
+        found.append(digest)
+    return found
+
+
+def marks_of(spec: ModelSpec, salt: str, prompts: Iterable[bytes]) -> PackedIds:
+    """The marks of the matchable blocks that all of these packed prompts begin with, in order, as many as an `Admit` carries."""
+    first, *others = dict.fromkeys(prompts)
+    size = spec.kv.block_size
+    num_blocks = min(MAX_PROMPT_MARKS, *(num_matchable(prompt, size) for prompt in (first, *others)))
+    digest, found = root(spec, salt), []
+    for i, block in enumerate(blocks_of(first, size, num_blocks)):
+        start = i * len(block)
+        if any(other[start : start + len(block)] != block for other in others):
             break
         digest = extend(digest, block)
         found.append(mark(digest))

@@ -1,6 +1,7 @@
 """The prefix cache: a hit is exact whatever happened before, every block is accounted for, and nothing cached is ever in the way."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pytest
@@ -33,6 +34,7 @@ BASE = ModelSpec(
     eos_token_ids=(),
 )
 SPECS = (BASE, replace(BASE, model=ModelName("b"), digest="b"), replace(BASE, model=ModelName("c"), digest="c", kv=ODD))
+SYMBOLS = st.lists(st.integers(0, 1), max_size=6)
 ALIAS = replace(BASE, model=ModelName("alias"))
 
 
@@ -59,7 +61,7 @@ class Workbench:
     def begin(self, spec: ModelSpec, salt: str, tokens: Sequence[int]) -> tuple[list[int], int]:
         """Take blocks for a prompt, cached ones first, and compute the rest. Raises NoFreeBlocks."""
         pool = self.blocks.pool(spec.kv)
-        found = self.cache.match(spec, salt, tokens)
+        found = self.cache.match(spec, salt, pack_ids(tokens))
         self.check_hit(spec, salt, tokens, found)
         try:
             block_ids = found + pool.allocate(spec.kv.num_blocks(len(tokens)) - len(found))
@@ -79,7 +81,7 @@ class Workbench:
     def serve(self, spec: ModelSpec, tokens: Sequence[int], salt: str = "") -> int:
         """From begin to end; the tokens that came from the cache."""
         block_ids, num_found = self.begin(spec, salt, tokens)
-        self.cache.insert(spec, salt, tokens, block_ids)
+        self.cache.insert(spec, salt, pack_ids(tokens), block_ids)
         self.blocks.pool(spec.kv).free(block_ids)
         self.check()
         return num_found * BLOCK_SIZE
@@ -192,10 +194,10 @@ def test_a_cache_that_is_off_keeps_nothing() -> None:
 def test_a_prompt_half_done_goes_on_with_what_others_have_computed() -> None:
     bench = Workbench()
     bench.serve(BASE, prompt(1, 2, 3, 4))
-    found = bench.cache.match(BASE, "", prompt(1, 2, 3, 7), first_block=1)
+    found = bench.cache.match(BASE, "", pack_ids(prompt(1, 2, 3, 7)), first_block=1)
     assert len(found) == 2
     bench.blocks.pool(SMALL).free(found)
-    assert bench.cache.match(BASE, "", prompt(1, 7), first_block=1) == []
+    assert bench.cache.match(BASE, "", pack_ids(prompt(1, 7)), first_block=1) == []
     bench.check()
 
 
@@ -235,12 +237,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.running: list[Running] = []
         self.weights: list[Span] = []
 
-    @rule(
-        spec=st.sampled_from(SPECS),
-        salt=st.sampled_from(("", "s")),
-        symbols=st.lists(st.integers(0, 1), max_size=6),
-        rest=st.integers(1, 16),
-    )
+    @rule(spec=st.sampled_from(SPECS), salt=st.sampled_from(("", "s")), symbols=SYMBOLS, rest=st.integers(1, 16))
     def begin(self, spec: ModelSpec, salt: str, symbols: list[int], rest: int) -> None:
         tokens = prompt(*symbols, rest=rest)
         free, wanted = self.bench.blocks.pool(spec.kv).num_free, spec.kv.num_blocks(len(tokens))
@@ -256,14 +253,15 @@ class CacheMachine(RuleBasedStateMachine):
         """Some of a prompt's blocks are final: chunks end anywhere."""
         if self.running:
             one = data.draw(st.sampled_from(self.running))
-            self.bench.cache.insert(one.spec, one.salt, one.tokens[: data.draw(st.integers(0, len(one.tokens)))], one.block_ids)
+            done = one.tokens[: data.draw(st.integers(0, len(one.tokens)))]
+            self.bench.cache.insert(one.spec, one.salt, pack_ids(done), one.block_ids)
 
     @rule(data=st.data(), is_kept=st.booleans())
     def end(self, data: st.DataObject, is_kept: bool) -> None:
         if self.running:
             one = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
             if is_kept:
-                self.bench.cache.insert(one.spec, one.salt, one.tokens, one.block_ids)
+                self.bench.cache.insert(one.spec, one.salt, pack_ids(one.tokens), one.block_ids)
             self.bench.blocks.pool(one.spec.kv).free(one.block_ids)
 
     @rule(data=st.data())
@@ -272,7 +270,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.running:
             one = data.draw(st.sampled_from(self.running))
             first = data.draw(st.integers(0, len(one.tokens) // BLOCK_SIZE))
-            found = self.bench.cache.match(one.spec, one.salt, one.tokens, first_block=first)
+            found = self.bench.cache.match(one.spec, one.salt, pack_ids(one.tokens), first_block=first)
             self.bench.blocks.pool(one.spec.kv).free(one.block_ids[first : first + len(found)])
             one.block_ids[first : first + len(found)] = found
 
@@ -283,10 +281,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(nbytes=st.integers(1, 300_000), unit=st.integers(0, 2048))
     def place(self, nbytes: int, unit: int) -> None:
-        try:
+        with suppress(OutOfMemory):
             self.weights.append(self.bench.arena.place_weights(nbytes, unit * 256))
-        except OutOfMemory:
-            pass
 
     @rule()
     def unplace(self) -> None:
