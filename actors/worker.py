@@ -45,7 +45,7 @@ from polymux.transport.messages import (
 )
 from polymux.transport.region import Region, this_host
 from polymux.transport.stream import WorkerServer
-from polymux.transport.units import NO_IDS, PackedIds, ClientId, Epoch, ModelName, WorkerId
+from polymux.transport.units import NO_IDS, ClientId, Epoch, ModelName, PackedIds, WorkerId
 
 log = logging.getLogger("polymux.worker")
 
