@@ -94,7 +94,7 @@ async def test_a_batch_that_moves_gives_the_same_tokens_while_others_go_on(sampl
         moving, staying = (pair.specs[name] for name in NAMES)
         asks = [(spec, prompt_of(spec, 20 + 13 * i, i), replace(sampling, seed=i)) for i in range(3) for spec in (moving, staying)]
         alone = [await pair.generate(*ask) for ask in asks]
-        num_prefilled = [counter(worker, "prompt_tokens") for worker in (pair.prefill, pair.decode)]
+        num_prefilled = [counter(worker, "prefix_cache_queries") for worker in (pair.prefill, pair.decode)]
         clients = [Client(pair, *ask) for ask in asks]
         for client in clients:
             await client.start()
@@ -111,8 +111,8 @@ async def test_a_batch_that_moves_gives_the_same_tokens_while_others_go_on(sampl
         assert all((client.num_moves > 0) == (client.spec is moving) for client in clients)
         moved = counter(pair.prefill, "sequences_moved") + counter(pair.decode, "sequences_moved")
         assert moved == sum(client.num_moves for client in clients)
-        num_more = [counter(w, "prompt_tokens") - n for w, n in zip((pair.prefill, pair.decode), num_prefilled, strict=True)]
-        assert sum(num_more) == sum(len(prompt) for _, prompt, _ in asks)  # each prompt once: no move computed anything again
+        num_more = [counter(w, "prefix_cache_queries") - n for w, n in zip((pair.prefill, pair.decode), num_prefilled, strict=True)]
+        assert sum(num_more) == sum(len(prompt) for _, prompt, _ in asks)  # each prompt once: no move was a prefill again
 
 
 async def moved_client(pair: Pair, num_tokens: int = 5) -> Client:
