@@ -11,7 +11,7 @@ import heapq
 import math
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -64,7 +64,7 @@ class Reclaimer(Protocol):
 class Siblings:
     """What the pools over one memory share."""
 
-    num_idle_slabs: int = 0
+    pools: dict[KVLayout, BlockPool] = field(default_factory=dict)  # replaced, never changed: one is added while the engine thread counts
     reclaimer: Reclaimer | None = None
 
 
@@ -115,8 +115,8 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can give at this moment, idle ones among them; slabs of others are counted at their least."""
-        others = self._siblings.num_idle_slabs - len(self._idle_slabs)
-        return self.num_ready + self._num_idle + others * self.blocks_per_slab
+        beside = sum(len(pool._idle_slabs) for pool in self._siblings.pools.values() if pool is not self)
+        return self.num_ready + self._num_idle + beside * self.blocks_per_slab
 
     @property
     def num_ready(self) -> int:
@@ -237,13 +237,11 @@ class BlockPool:
         self._note(slab)
 
     def _note(self, slab: int) -> None:
-        """Keep `_idle_slabs` what it says, and their number in all pools."""
-        before = len(self._idle_slabs)
+        """Keep `_idle_slabs` what it says."""
         if self._idle_in[slab] and not self._used_in[slab]:
             self._idle_slabs.add(slab)
         else:
             self._idle_slabs.discard(slab)
-        self._siblings.num_idle_slabs += len(self._idle_slabs) - before
 
     def _return_empty_slabs(self) -> None:
         empty = [slab for slab, used in self._used_in.items() if not used and not self._idle_in[slab]]
@@ -276,7 +274,6 @@ class BlockManager:
     def __init__(self, source: SlabSource) -> None:
         self._source = source
         self._siblings = Siblings()
-        self._pools: dict[KVLayout, BlockPool] = {}  # replaced, never changed: a model is added while the engine thread counts
         self._lock = threading.Lock()
 
     def pool(self, layout: KVLayout) -> BlockPool:
@@ -284,12 +281,16 @@ class BlockManager:
         if layout not in self._pools:
             with self._lock:
                 if layout not in self._pools:
-                    self._pools = {**self._pools, layout: BlockPool(self._source, layout, self._siblings)}
+                    self._siblings.pools = {**self._pools, layout: BlockPool(self._source, layout, self._siblings)}
         return self._pools[layout]
 
     @property
     def pools(self) -> Mapping[KVLayout, BlockPool]:
         return self._pools
+
+    @property
+    def _pools(self) -> dict[KVLayout, BlockPool]:
+        return self._siblings.pools
 
     def reclaim_from(self, reclaimer: Reclaimer) -> None:
         """Whom to ask when idle blocks must go."""
@@ -308,4 +309,3 @@ class BlockManager:
         self._source.check()
         for pool in self._pools.values():
             pool.check()
-        assert self._siblings.num_idle_slabs == sum(len(pool.idle_slabs) for pool in self._pools.values())
