@@ -6,8 +6,6 @@ failed stay in quarantine until the transport says that nobody writes to them an
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from polymux.actors.copier import Copier
@@ -24,7 +22,7 @@ from polymux.actors.sequence import Phase, Sequence
 from polymux.actors.swap import Swapper
 from polymux.actors.turns import Turns
 from polymux.actors.updates import failure, moved, token_update
-from polymux.disagg.multiplex import Turn, TurnPolicy
+from polymux.disagg.multiplex import Turn
 from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Draining, Overloaded, PolymuxError, TransferError
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
 from polymux.transport.messages import Generate, ModelLoad, Peer, SpanKind
@@ -33,13 +31,13 @@ from polymux.transport.units import ClientId, ModelName, SequenceId
 
 
 class DecodeRole:
-    """Driven by the engine thread: `accept`, `cancel`, `client_lost`, `kv_event` for what came in, then `step` while it returns True."""
+    """Driven by the engine thread: `accept`, `cancel`, `client_lost`, `kv_event` for what came in, `prepare`, `step` in a model's turn."""
 
     def __init__(
         self,
         engine: Engine,
         grants: Grants,
-        policy: TurnPolicy[Any],
+        turns: Turns,
         meter: Meter,
         outbox: Outbox,
         kept: KeptSequences,
@@ -52,8 +50,8 @@ class DecodeRole:
         self._grants = grants
         self._kept = kept  # those that were given up here, until another worker has them
         self._sequences: dict[SequenceId, Sequence] = {}
-        self._turns = Turns(engine, meter, policy)
-        self._swaps = Swapper(engine, meter, tier, copier, on_back=self._turns.came)
+        self._turns = turns
+        self._swaps = Swapper(engine, meter, tier, copier, on_back=turns.came)
         self._room = Room(engine, self._swaps, meter)
         self._num_accepted = 0
 
@@ -99,14 +97,15 @@ class DecodeRole:
     def move(self, model: ModelName | None = None) -> None:
         """Give up all sequences, or those of one model, for the front door to place elsewhere; at a token boundary, as every call here.
 
-        One that runs is kept with its KV. One that waits has none, and is told so. One whose KV is on its way stays: ask again.
+        One that runs is kept with its KV. One that waits has none, and is told so. One whose KV is on its way, or waits for it at the
+        worker that it came from, stays: ask again.
         """
         for sequence in [s for s in self._sequences.values() if model in (None, s.spec.model)]:
             if sequence.phase is Phase.RUNNING:
                 del self._sequences[sequence.command.sequence_id]
                 self._kept.add(sequence)
                 self._outbox.add(sequence.client_id, moved(sequence.command.sequence_id, len(sequence.output_ids)))
-            elif sequence.phase not in (Phase.PREFILLING, Phase.SWAPPING_IN):
+            elif sequence.phase not in (Phase.PREFILLING, Phase.SWAPPING_IN) and sequence.handover is None:
                 self._fail(sequence, Draining(f"sequence {sequence.command.sequence_id} is to run on another worker"))
 
     def kv_event(self, event: KVEvent) -> None:
@@ -148,20 +147,21 @@ class DecodeRole:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def step(self) -> bool:
-        """Grant what can be granted, then run one step of the model whose turn it is; False when no sequence could step."""
+    def prepare(self) -> None:
+        """End what is past its deadline, and grant what can be granted."""
         self._expire()
         self._grant()
-        stuck: set[ModelName] = set()
-        while True:
-            turn = self._turns.current(s for s in self._sequences.values() if s.spec.model not in stuck)
-            if turn is None:
-                return False
-            batch = self._room.form(turn.model, self._sequences.values())
-            if batch:
-                self._run(turn, batch)
-                return True
-            stuck.add(turn.model)  # its oldest lacks a block that nobody younger could give: another model's turn
+
+    def running(self) -> list[Sequence]:
+        """Those whose KV is here and whose next token can be computed."""
+        return [s for s in self._sequences.values() if s.phase is Phase.RUNNING]
+
+    def step(self, turn: Turn) -> bool:
+        """One step of the turn's model; False when its oldest sequence lacks a block that nobody younger could give."""
+        batch = self._room.form(turn.model, self._sequences.values())
+        if batch:
+            self._run(turn, batch)
+        return bool(batch)
 
     def _run(self, turn: Turn, batch: list[Sequence]) -> None:
         wanted = {s.spec.model for s in self._sequences.values()}

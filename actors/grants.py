@@ -68,6 +68,7 @@ class Grants:
             grant=grant,
             deadline_s=remaining_s,
             ttft_slo_s=command.ttft_slo_s,
+            tpot_slo_s=command.tpot_slo_s,
             handover=sequence.handover,
             due_in_s=sequence.due_s - self._engine.clock(),
             cache_salt=command.cache_salt,

@@ -59,12 +59,12 @@ class Meter:
             self._prefill[spec.model] = _Cost(guess_prefill(spec, self._device))
             self._decode[spec.model] = _Cost(guess_decode(spec, self._device))
 
+    def predict_prefill_s(self, model: ModelName, chunks: Sequence[tuple[int, int]]) -> float:
+        """Of one step over (tokens already cached, tokens to compute) of each chunk."""
+        return self._prefill[model].fit.predict(prefill_features(chunks))
+
     def predict_decode_s(self, model: ModelName, num_seqs: int, kv_tokens: int) -> float:
         return self._decode[model].fit.predict(decode_features(num_seqs, kv_tokens))
-
-    def predict_prefill_s(self, model: ModelName, num_tokens: int) -> float:
-        """Of one prompt by itself."""
-        return self._prefill[model].fit.predict(prefill_features([(0, num_tokens)]))
 
     def predict_swap_s(self, nbytes: int) -> float:
         """One way."""

@@ -6,6 +6,7 @@ One job is one order. Its blocks here are the transfer's until the other side ha
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ class Job:
     spec: ModelSpec
     place: int  # in the worker's line
     deadline_s: float
+    due_at_s: float  # its token, on the engine's clock
     prompt_ids: list[int]
     output_ids: list[int]
     block_ids: list[int] = field(default_factory=list)
@@ -65,9 +67,18 @@ class PrefillRole:
     """Driven by the engine thread: `accept`, `cancel`, `released` for what came in, then `step` while it returns True."""
 
     def __init__(
-        self, engine: Engine, source: LocalOrders, policy: PrefillPolicy[Any], meter: Meter, outbox: Outbox, kept: KeptSequences
+        self,
+        engine: Engine,
+        source: LocalOrders,
+        policy: PrefillPolicy[Any],
+        meter: Meter,
+        outbox: Outbox,
+        kept: KeptSequences,
+        *,
+        on_prompt: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
+        self._on_prompt = on_prompt  # one more waits
         self._source = source
         self._policy = policy
         self._memory = policy.start()
@@ -103,6 +114,7 @@ class PrefillRole:
             spec=spec,
             place=self._num_accepted,
             deadline_s=self._engine.clock() + command.deadline_s,
+            due_at_s=self._engine.clock() + command.due_in_s,
             prompt_ids=unpack_ids(command.prompt_ids),
             output_ids=unpack_ids(command.output_ids),
             packed_ids=packed_ids,
@@ -113,13 +125,26 @@ class PrefillRole:
             job.num_done = job.num_cached = command.num_in_place
             self._engine.pool(command.model).share(job.block_ids)
         self._jobs[command.sequence_id] = job
+        self._on_prompt()
 
     def _hand_over(self, command: Prefill, order: OrderRef, spec: ModelSpec) -> None:
         """Push what is kept of a sequence as it is. Raises TransferError when it is not kept here."""
         kept = self._kept.take(command)
-        job = Job(order, command, spec, 0, kept.deadline_s, kept.prompt_ids, kept.output_ids, kept.block_ids, kept.num_cached)
+        now_s = self._engine.clock()
+        job = Job(
+            order=order,
+            command=command,
+            spec=spec,
+            place=0,
+            deadline_s=kept.deadline_s,
+            due_at_s=now_s + command.due_in_s,
+            prompt_ids=kept.prompt_ids,
+            output_ids=kept.output_ids,
+            block_ids=kept.block_ids,
+            num_done=kept.num_cached,
+        )
         self._leaving[order] = job
-        job.pushed_s = self._engine.clock()
+        job.pushed_s = now_s
         self._source.push(order, 0, spec.kv.num_layers, job.block_ids[: spec.kv.num_blocks(kept.num_cached)], 0)
         self._source.commit(order, Prefilled(sequence_id=command.sequence_id, token_id=None, finish_reason=None))
         self._meter.handed_over()
@@ -147,33 +172,46 @@ class PrefillRole:
 
     def step(self) -> bool:
         """Run one forward pass of the policy's choice; False when nothing waits that could run."""
-        self._expire()
+        budget = self._engine.settings.max_num_batched_tokens
         view = PrefillView(
-            now_s=self._engine.clock(),
-            active=self._engine.residency.active,
-            prompts=tuple(
-                PromptView(
-                    sequence_id=job.command.sequence_id,
-                    model=job.spec.model,
-                    order=job.place,
-                    num_tokens=job.num_tokens,
-                    num_done=job.num_done,
-                )
-                for job in self._ready()
-            ),
-            max_num_batched_tokens=self._engine.settings.max_num_batched_tokens,
+            now_s=self._engine.clock(), active=self._engine.residency.active, prompts=self.prompts(), max_num_batched_tokens=budget
         )
         step, self._memory = self._policy.next_step(view, self._memory)
         if step is None:
             return False
+        self.run(step)
+        return True
+
+    def prompts(self) -> tuple[PromptView, ...]:
+        """Those that could run now; what is past its deadline is ended first."""
+        self._expire()
+        return tuple(
+            PromptView(
+                sequence_id=job.command.sequence_id,
+                model=job.spec.model,
+                order=job.place,
+                num_tokens=job.num_tokens,
+                num_done=job.num_done,
+                due_at_s=job.due_at_s,
+                tpot_slo_s=job.command.tpot_slo_s,
+                prefill_s=self._meter.predict_prefill_s(job.spec.model, [(job.num_done, job.num_tokens - job.num_done)]),
+                switch_s=self._switch_s(job.spec),
+            )
+            for job in self._ready()
+        )
+
+    def _switch_s(self, spec: ModelSpec) -> float:
+        return 0.0 if spec.model in self._engine.residency.residents else self._meter.predict_switch_s(spec.weight_bytes)
+
+    def run(self, step: PrefillStep, on_switch: Callable[[], None] = lambda: None) -> None:
+        """One forward pass over these chunks; `on_switch` is called where it needs a switch, and that is done. An error ends their jobs."""
         jobs = [self._jobs[chunk.sequence_id] for chunk in step.chunks]
         try:
-            self._run(step, jobs)
+            self._run(step, jobs, on_switch)
         except PolymuxError as error:
             for job in jobs:
                 if job.command.sequence_id in self._jobs:
                     self._fail(job, error)
-        return True
 
     def _ready(self) -> list[Job]:
         """Those that hold blocks, which are taken in line: a prompt that lacks some is overtaken by nobody, or short ones would starve it.
@@ -231,11 +269,12 @@ class PrefillRole:
         job.pushed_s = job.pushed_s or self._engine.clock()
         self._source.push(job.order, 0, job.spec.kv.num_layers, found, first)
 
-    def _run(self, step: PrefillStep, jobs: list[Job]) -> None:
+    def _run(self, step: PrefillStep, jobs: list[Job], on_switch: Callable[[], None]) -> None:
         wanted = {job.spec.model for job in self._jobs.values()}
         switch = self._engine.activate(step.model, wanted=wanted)
         if switch is not None:
             self._meter.switched(switch)
+            on_switch()
         started_s = self._engine.clock()
         slices: list[SequenceSlice] = []
         tokens: list[int] = []

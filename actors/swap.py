@@ -123,7 +123,7 @@ class Swapper:
             num_bytes=num_blocks * block_bytes,
             free_host_bytes=host.num_free * block_bytes,
             copy_s=self._meter.predict_swap_s(num_blocks * block_bytes),
-            recompute_s=self._meter.predict_prefill_s(sequence.spec.model, sequence.num_tokens),
+            recompute_s=self._meter.predict_prefill_s(sequence.spec.model, [(0, sequence.num_tokens)]),
         )
         return pays(view)
 

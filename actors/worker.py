@@ -25,8 +25,11 @@ from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
 from polymux.actors.prefill import PrefillRole
 from polymux.actors.store_client import StoreClient
+from polymux.actors.turns import Turns, Work, by_model
 from polymux.actors.updates import failure
-from polymux.disagg.prefill import prefill_policy
+from polymux.disagg.multiplex import Turn
+from polymux.disagg.phase import Phase
+from polymux.disagg.prefill import PrefillStep, prefill_policy
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import Overloaded, PolymuxError, WorkerLost
 from polymux.transport.kv import KVSettings, KVSink, KVSource, OrderRef
@@ -111,10 +114,10 @@ class Worker:
         )
         self._prefill: PrefillRole  # the roles and their ends of KV migration: from `serve` on
         self._decode: DecodeRole
+        self._turns: Turns
         self._outbox: Outbox
         self._source: KVSource | None = None
         self._sink: KVSink | None = None
-        self._is_prefill_next = True
         self._thread = threading.Thread(target=self._run, name="polymux-engine", daemon=True)
         self._stopping = threading.Event()
         self._beat_s = self._engine.clock()
@@ -169,11 +172,12 @@ class Worker:
     def _make_roles(self, peer: Peer, source: KVSource, sink: KVSink) -> None:
         settings, engine = self.settings, self._engine
         local, kept = LocalOrders(engine, source, self._mailbox.tell), KeptSequences(engine, settings.keep_s)
+        self._turns = Turns(engine, self._meter, turn_policy(settings.decode_policy, **dict(settings.decode_settings)))
         whole = {name: int(value) for name, value in settings.prefill_settings}
-        self._prefill = PrefillRole(engine, local, prefill_policy(settings.prefill_policy, **whole), self._meter, self._outbox, kept)
-        turns = turn_policy(settings.decode_policy, **dict(settings.decode_settings))
+        policy = prefill_policy(settings.prefill_policy, **whole)
+        self._prefill = PrefillRole(engine, local, policy, self._meter, self._outbox, kept, on_prompt=self._turns.came)
         grants = Grants(engine, sink, local, peer)
-        self._decode = DecodeRole(engine, grants, turns, self._meter, self._outbox, kept, self._tier, self._copier)
+        self._decode = DecodeRole(engine, grants, self._turns, self._meter, self._outbox, kept, self._tier, self._copier)
         local.connect(self._prefill, self._decode)
 
     def add_model(self, spec: ModelSpec) -> None:
@@ -249,13 +253,27 @@ class Worker:
         return worked is not False
 
     def _step(self) -> bool:
-        """One step of one role; they take turns where both have something to do."""
-        roles: list[tuple[bool, Callable[[], bool]]] = [(True, self._prefill.step), (False, self._decode.step)]
-        for is_prefill, step in roles if self._is_prefill_next else reversed(roles):
-            if step():
-                self._is_prefill_next = not is_prefill
+        """One step of the model whose turn it is. A worker that only prefills has no turns: there its prefill policy decides."""
+        self._decode.prepare()
+        if not self._decode.num_open:
+            return self._prefill.step()
+        work = by_model(self._decode.running(), self._prefill.prompts())
+        while (turn := self._turns.current(work)) is not None:
+            if self._step_in(turn, work[turn.model]):
                 return True
+            work[turn.model].running.clear()  # no block for its oldest: another model's turn
+            if not work[turn.model].prompts:
+                del work[turn.model]
+            self._turns.end()
         return False
+
+    def _step_in(self, turn: Turn, work: Work) -> bool:
+        if self._turns.phase(turn.model, work) is Phase.DECODE:
+            return self._decode.step(turn)
+        self._prefill.run(
+            PrefillStep(model=turn.model, chunks=self._turns.chunks(work), prefetch=turn.prefetch), on_switch=self._turns.began
+        )
+        return True
 
     def _guarded(self, work: Callable[[], bool | None]) -> bool | None:
         """Do it. An unexpected error ends every open sequence with its reason; what was posted behind it is still done."""

@@ -152,6 +152,7 @@ class Decoder:
             grant=grant,
             deadline_s=30.0,
             ttft_slo_s=1.0,
+            tpot_slo_s=0.1,
             due_in_s=1.0,
         )
         started_s = time.perf_counter()

@@ -26,14 +26,15 @@ class Due(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchView:
-    """One model's sequences on a decode worker that could take a step now."""
+    """One model's sequences on a worker that could take a step now: those that decode, and prompts that wait for their prefill."""
 
     model: ModelName
     num_seqs: int
     kv_tokens: int
-    step_s: float  # predicted seconds of one step of this batch
+    step_s: float  # predicted seconds of one decode step of this batch, its prompts computed
     tpot_slo_s: float  # the tightest of its sequences
     switch_s: float  # predicted seconds until its first step could start; 0 when its weights are resident
+    prefill_s: float = 0.0  # predicted seconds that its prompts take before they decode with the others
     dues: tuple[Due, ...] = ()  # one for each sequence, any order
 
 
@@ -90,6 +91,7 @@ class PromptView:
     num_tokens: int  # prompt and, for a replay, outputs
     num_done: int  # of them, already in the cache
     due_at_s: float = inf  # when its token is due
+    tpot_slo_s: float = inf
     prefill_s: float = 0.0  # predicted seconds that its rest takes
     switch_s: float = 0.0  # predicted seconds until its model could step; 0 when its weights are resident
 

@@ -167,6 +167,7 @@ class Prefill:
     grant: Grant
     deadline_s: float
     ttft_slo_s: float
+    tpot_slo_s: float
     due_in_s: float  # until the token that this prefill makes is due, at sending; negative when it is late
     handover: SequenceId | None = None
     cache_salt: str = ""

@@ -15,6 +15,7 @@ from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
 from polymux.actors.prefill import PrefillRole
 from polymux.actors.sequence import Phase, Sequence
+from polymux.actors.turns import Turns
 from polymux.disagg.prefill import prefill_policy
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import PolymuxError
@@ -89,7 +90,8 @@ def decode_role(engine: Engine) -> tuple[DecodeRole, FakeGrants]:
     grants, meter = FakeGrants(engine), Meter()
     for spec in engine.specs.values():
         meter.add_model(spec)
-    role = DecodeRole(engine, grants, turn_policy("wrr"), meter, Outbox(PEER, lambda _client, _frame: True), KeptSequences(engine))  # type: ignore[arg-type]
+    turns, outbox = Turns(engine, meter, turn_policy("wrr")), Outbox(PEER, lambda _client, _frame: True)
+    role = DecodeRole(engine, grants, turns, meter, outbox, KeptSequences(engine))  # type: ignore[arg-type]
     return role, grants
 
 
@@ -159,6 +161,7 @@ def order(sequence_id: str, model: ModelName, num_tokens: int, number: int) -> t
         grant=grant,
         deadline_s=60.0,
         ttft_slo_s=10.0,
+        tpot_slo_s=0.1,
         due_in_s=10.0,
     )
     return prefill, OrderRef(1, TransferId(number))

@@ -272,6 +272,7 @@ class Decoder:
             grant=Grant(**{**granted, **grant}),
             deadline_s=deadline_s,
             ttft_slo_s=1.0,
+            tpot_slo_s=0.1,
             due_in_s=1.0,
         )
 
