@@ -66,10 +66,10 @@ class WorkerActor:
 
 
 class StoreActor:
-    """One node's weight store."""
+    """One node's weight store and host tier."""
 
-    def __init__(self, budget_bytes: int, layout: str, token: str) -> None:
-        self._store = StoreServer(budget_bytes=budget_bytes, layout=layout, token=token)
+    def __init__(self, budget_bytes: int, kv_bytes: int, layout: str, token: str) -> None:
+        self._store = StoreServer(budget_bytes=budget_bytes, layout=layout, token=token, kv_bytes=kv_bytes)
 
     @ray.method
     def address(self) -> str:

@@ -254,6 +254,12 @@ class DecodeBook(WorkerBook):
             self._view = self._viewed()
         return self._view
 
+    def free_bytes(self) -> int | None:
+        """For KV, in arena and host tier together; None where there is no host tier, or nothing is known yet."""
+        if self.reported is None or self.reported.num_free_host_bytes is None:
+            return None
+        return self.view().free_kv_bytes + self.reported.num_free_host_bytes
+
     def _viewed(self) -> DecodeWorkerView:
         models: dict[ModelName, DecodeModelView] = {}
         load, round_switch_s, min_steps = 0.0, 0.0, math.inf

@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from polymux.cluster.environment import settings
-from polymux.cluster.quantities import AutoBytes, AutoCount, Bytes, Seconds
+from polymux.cluster.quantities import AutoBytes, AutoCount, AutoSize, Bytes, Seconds
 from polymux.cluster.validation import Section, validated
 from polymux.disagg.multiplex import TurnPolicy
 from polymux.disagg.prefill import PrefillPolicy, prefill_policy
@@ -151,6 +151,10 @@ class TransportConfig(Section):
 
 class StoreConfig(Section):
     budget_bytes: AutoBytes = Field(default=None, description="host memory of a node for weight images; auto holds every model")
+    kv_bytes: AutoSize = Field(
+        default=None,
+        description="host memory of a node for KV of preempted sequences; auto: an eighth of the host's; 0: none, compute it again",
+    )
 
 
 class LivenessConfig(Section):
@@ -194,7 +198,7 @@ class ClusterConfig(Section):
     limits: LimitsConfig = Field(default=LimitsConfig(), description="what is refused at the door")
     security: SecurityConfig = Field(default_factory=lambda: SecurityConfig(), description="keys and tokens")
     transport: TransportConfig = Field(default=TransportConfig(), description="how bytes move between workers")
-    store: StoreConfig = Field(default=StoreConfig(), description="weight images in host memory")
+    store: StoreConfig = Field(default=StoreConfig(), description="weight images and swapped KV in host memory")
     liveness: LivenessConfig = Field(default=LivenessConfig(), description="leases and time-outs")
     serve: ServeConfig = Field(default=ServeConfig(), description="the HTTP front door")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="the least severe event that is logged")

@@ -162,6 +162,7 @@ class Controller:
         request = Request(ask, slo, now_s + deadline_s + self._config.liveness.reap_grace_s)
         queued = [book.queued() for book in self._pool.decode.values()]
         forecast = self._place(request, ask, range(ask.num_sequences), able, now_s)
+        free = [book.free_bytes() for book in self._pool.decode.values()]
         door = DoorView(
             num_queued=sum(num_seqs for num_seqs, _ in queued),
             num_queued_tokens=sum(num_tokens for _, num_tokens in queued),
@@ -174,6 +175,8 @@ class Controller:
             deadline_s=deadline_s,
             ttft_slo_s=slo.ttft_s,
             is_idle=forecast.is_idle,
+            kv_bytes=ask.num_sequences * spec.kv.num_blocks(ask.num_prompt_tokens + 1) * spec.kv.block_bytes,
+            free_kv_bytes=None if None in free else max((n for n in free if n is not None), default=None),
             ttft_s=forecast.ttft_s,
             switch_s=forecast.switch_s,
         )

@@ -14,7 +14,7 @@ from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import Worker, WorkerSettings
 from polymux.cluster.config import ClusterConfig
-from polymux.cluster.sizing import host_memory_bytes
+from polymux.cluster.sizing import store_bytes
 from polymux.cluster.supervisor import Supervisor, WorkerHandle
 from polymux.transport.errors import WorkerLost
 from polymux.transport.messages import LookBack, ModelSpec, Role, WorkerHello, WorkerReport, WorkerTimeline
@@ -69,9 +69,9 @@ class LocalLauncher:
     def __init__(self) -> None:
         self._store: StoreServer | None = None
 
-    async def start_stores(self, budget_bytes: int | None, layout: str, token: str) -> None:
-        budget = budget_bytes or host_memory_bytes() // 2
-        self._store = StoreServer(budget_bytes=budget, layout=layout, token=token)
+    async def start_stores(self, budget_bytes: int | None, kv_bytes: int | None, layout: str, token: str) -> None:
+        budget, tier = store_bytes(budget_bytes, kv_bytes)
+        self._store = StoreServer(budget_bytes=budget, layout=layout, token=token, kv_bytes=tier)
 
     async def register(self, source: ModelSource) -> ModelSpec:
         assert self._store is not None

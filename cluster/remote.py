@@ -15,7 +15,7 @@ from polymux.actors.remote import ACTOR_THREADS, StoreActor, WorkerActor
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, ModelConfig
-from polymux.cluster.sizing import host_memory_bytes, num_threads
+from polymux.cluster.sizing import num_threads, store_bytes
 from polymux.cluster.supervisor import Supervisor, WorkerHandle
 from polymux.transport.errors import PeerLost, PolymuxError, WorkerLost
 from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport, WorkerTimeline
@@ -80,20 +80,21 @@ class RayLauncher:
         self._stores: dict[str, Any] = {}  # by node id; each knows every model of `_sources`
         self._lock = asyncio.Lock()  # a store that comes up and a model that is added must not miss each other
         self._sources: dict[ModelName, ModelSource] = {}
-        self._store_arguments: tuple[int | None, str, str] = (None, "auto", "")
+        self._store_arguments: tuple[int | None, int | None, str, str] = (None, None, "auto", "")
 
-    async def start_stores(self, budget_bytes: int | None, layout: str, token: str) -> None:
+    async def start_stores(self, budget_bytes: int | None, kv_bytes: int | None, layout: str, token: str) -> None:
         """The store of the controller's own node; others come with the workers of their nodes."""
-        self._store_arguments = (budget_bytes, layout, token)
+        self._store_arguments = (budget_bytes, kv_bytes, layout, token)
         await self._store(str(ray.get_runtime_context().get_node_id()))
 
     async def _store(self, node_id: str) -> Any:
         async with self._lock:
             if node_id not in self._stores:
-                budget_bytes, layout, token = self._store_arguments
+                budget_bytes, kv_bytes, layout, token = self._store_arguments
+                sizes = store_bytes(budget_bytes, kv_bytes)
                 on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
                 options = {"num_cpus": 0, "max_concurrency": ACTOR_THREADS, "scheduling_strategy": on_node}
-                store = ray.remote(StoreActor).options(**options).remote(budget_bytes or host_memory_bytes() // 2, layout, token)
+                store = ray.remote(StoreActor).options(**options).remote(*sizes, layout, token)
                 for source in self._sources.values():
                     await call(store.register.remote(source))
                 self._stores[node_id] = store

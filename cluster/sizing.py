@@ -18,6 +18,8 @@ from polymux.transport.units import MIB, WorkerId
 HOST_SHARE = 0.6  # of the host's memory, for the arenas of all workers together
 FULL_LENGTH_SEQS = 8  # sequences of full length that an automatic arena holds of each model
 MIN_BLOCKS_PER_SLAB = 4
+STORE_SHARE = 0.5  # of the host's memory, for weight images
+TIER_SHARE = 0.125  # and for swapped KV; neither is taken before it is used
 
 
 def worker_settings(
@@ -81,6 +83,12 @@ def _auto_slab(arena_bytes: int, specs: Sequence[ModelSpec]) -> int:
     while slab < MIN_BLOCKS_PER_SLAB * largest:
         slab *= 2
     return slab
+
+
+def store_bytes(budget_bytes: int | None, kv_bytes: int | None) -> tuple[int, int]:
+    """A node's memory for weight images and for swapped KV; `auto` goes by the size of the host that this runs on."""
+    host_bytes = host_memory_bytes()
+    return budget_bytes or int(host_bytes * STORE_SHARE), int(host_bytes * TIER_SHARE) if kv_bytes is None else kv_bytes
 
 
 def host_memory_bytes() -> int:

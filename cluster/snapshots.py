@@ -74,6 +74,7 @@ def _worker(book: WorkerBook, pool: Pool, now_s: float) -> WorkerStatus:
         num_placed=len(book.placed),
         busy_s=max(0.0, book.busy_until_s - now_s) if isinstance(book, PrefillBook) else 0.0,
         num_free_kv_bytes=report.num_free_kv_bytes if report else 0,
+        num_free_host_bytes=report.num_free_host_bytes if report else None,
         num_blocks_out=report.num_blocks_out if report else 0,
         report_age_s=now_s - book.reported_at_s if report else None,
         step_age_s=book.step_age_s(now_s),

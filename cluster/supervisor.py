@@ -58,7 +58,7 @@ class WorkerHandle(Protocol):
 class Launcher(Protocol):
     """Makes processes: the weight stores and the workers."""
 
-    async def start_stores(self, budget_bytes: int | None, layout: str, token: str) -> None: ...
+    async def start_stores(self, budget_bytes: int | None, kv_bytes: int | None, layout: str, token: str) -> None: ...
     async def register(self, source: ModelSource) -> ModelSpec: ...
     async def forget(self, model: ModelName) -> None: ...
     async def launch(self, role: Role, config: ClusterConfig) -> WorkerHandle: ...
@@ -128,7 +128,7 @@ class Supervisor:
 
     async def _bring_up(self) -> None:
         await self._launcher.start_stores(
-            self.config.store.budget_bytes, self.config.engine.weight_layout, self.config.security.cluster_token
+            self.config.store.budget_bytes, self.config.store.kv_bytes, self.config.engine.weight_layout, self.config.security.cluster_token
         )
         async with asyncio.TaskGroup() as group:
             launches = [group.create_task(self._launch(member)) for member in self._members]

@@ -36,6 +36,7 @@ class WorkerStatus:
     num_placed: int  # sequences that the controller placed here and that have not ended
     busy_s: float  # predicted seconds of prefill work given to it
     num_free_kv_bytes: int
+    num_free_host_bytes: int | None  # of its node's host tier; None without one
     num_blocks_out: int
     report_age_s: float | None  # None: not yet reported
     step_age_s: float | None  # None: idle

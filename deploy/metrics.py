@@ -169,6 +169,8 @@ def worker_families(topology: Mapping[str, Any]) -> Iterator[Metric]:
             continue
         gauges["transport_epoch"][labels] = float(worker["epoch"])
         gauges["kv_free_bytes"][labels] = float(worker["num_free_kv_bytes"])
+        if worker["num_free_host_bytes"] is not None:
+            gauges["kv_host_free_bytes"][labels] = float(worker["num_free_host_bytes"])
         gauges["kv_blocks_out"][labels] = float(worker["num_blocks_out"])
         gauges["last_step_age_seconds"][labels] = 0.0 if worker["step_age_s"] is None else float(worker["step_age_s"])
         for name, value in worker["counters"].items():
@@ -189,7 +191,8 @@ _WORKER_DOCS = {
     "worker_up": "1 where the worker is alive and steps.",
     "transport_epoch": "The worker's incarnation.",
     "kv_free_bytes": "Arena bytes that KV blocks could still take.",
-    "kv_blocks_out": "KV blocks held by sequences, grants and quarantine.",
+    "kv_host_free_bytes": "Bytes of the node's host tier that swapped KV could still take; workers of a node share it.",
+    "kv_blocks_out": "KV blocks held by sequences, grants and quarantine, in the arena and in the host tier.",
     "last_step_age_seconds": "Seconds since a busy worker's last step; 0 when idle.",
 }
 

@@ -83,6 +83,8 @@ def _too_much(door: DoorView, limits: AdmissionLimits) -> PolymuxError | None:
         reason = f"{door.num_queued} sequences wait, limits.max_queued_requests={limits.max_queued_requests}"
     elif door.num_queued and tokens > limits.max_queued_tokens:
         reason = f"{door.num_queued_tokens} prompt tokens wait, limits.max_queued_tokens={limits.max_queued_tokens}"
+    elif door.num_queued and door.free_kv_bytes is not None and door.kv_bytes > door.free_kv_bytes:
+        reason = f"others wait, and the prompt's KV of {door.kv_bytes} bytes fits neither arena nor host tier of any worker now"
     else:
         return None
     return Overloaded(f"too much is queued: {reason}; retry later", retry_after_s=_retry_s(door.ttft_s))

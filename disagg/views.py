@@ -233,5 +233,7 @@ class DoorView:
     deadline_s: float
     ttft_slo_s: float
     is_idle: bool  # nothing waits or runs where it would go
+    kv_bytes: int = 0  # of the prompts of all its sequences
+    free_kv_bytes: int | None = None  # on the roomiest worker, arena and host tier; None: a worker without a host tier, which only queues
     ttft_s: float  # predicted
     switch_s: float  # of it, waking the model

@@ -89,7 +89,7 @@ def test_every_default_is_itself_valid() -> None:
         ({"max_num_seqs": 4}, "max_num_seqs", "did you mean engine.max_num_seqs?"),
         ({"pools": {"decode": {"arena": "1GiB"}}}, "pools.decode.arena", "did you mean pools.decode.arena_bytes?"),
         ({"models": [{"name": "a", "path": "b", "dtyp": "auto"}]}, "models[0].dtyp", "did you mean models[0].dtype?"),
-        ({"store": {"xyzzy": 1}}, "store.xyzzy", "known here: budget_bytes"),
+        ({"store": {"xyzzy": 1}}, "store.xyzzy", "known here: budget_bytes, kv_bytes"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_names_the_key_that_was_probably_meant(data: dict[str, Any], param: str, words: str) -> None:

@@ -113,7 +113,7 @@ class FakeLauncher:
     def running(self) -> list[FakeWorker]:
         return [worker for worker in self.launched if not worker.is_stopped]
 
-    async def start_stores(self, budget_bytes: int | None, layout: str, token: str) -> None:
+    async def start_stores(self, budget_bytes: int | None, kv_bytes: int | None, layout: str, token: str) -> None:
         pass
 
     async def register(self, source: ModelSource) -> ModelSpec:

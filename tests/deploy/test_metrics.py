@@ -26,6 +26,7 @@ TOPOLOGY: dict[str, Any] = {
             "state": "alive",
             "epoch": 7,
             "num_free_kv_bytes": 4096,
+            "num_free_host_bytes": 8192,
             "num_blocks_out": 3,
             "step_age_s": 0.5,
             "counters": {"preemptions": 2.0, "kv_transfer_bytes": 10.0, "bad name": 1.0, "not_finite": float("nan")},

@@ -42,6 +42,14 @@ def test_an_idle_pool_accepts_whatever_its_costs_predict() -> None:
     assert decide(replace(DOOR, ttft_s=1e6, switch_s=1e6), LIMITS).verdict is Verdict.ACCEPT
 
 
+def test_memory_that_is_full_refuses_only_while_others_wait_for_it() -> None:
+    full = replace(BUSY, kv_bytes=101, free_kv_bytes=100)
+    assert decide(replace(full, num_queued=0, num_queued_tokens=0), LIMITS).verdict is Verdict.QUEUE
+    assert decide(replace(full, free_kv_bytes=None), LIMITS).verdict is Verdict.QUEUE
+    assert decide(replace(full, free_kv_bytes=101), LIMITS).verdict is Verdict.QUEUE
+    assert decide(full, LIMITS).verdict is Verdict.REFUSE
+
+
 @pytest.mark.parametrize(("max_model_len", "max_kv_tokens"), [(199, 4096), (2048, 199)])
 def test_what_can_never_fit_is_the_clients_error_and_says_the_limit(max_model_len: int, max_kv_tokens: int) -> None:
     error = decide(replace(DOOR, max_model_len=max_model_len, max_kv_tokens=max_kv_tokens), LIMITS).error
@@ -64,6 +72,7 @@ def test_a_prompt_that_is_too_long_by_itself_is_named_as_such() -> None:
         ({"num_queued_tokens": 901}, "max_queued_tokens=1000"),
         ({"num_inflight": 16}, "max_inflight_requests=16"),
         ({"num_sequences": 5}, "max_queued_requests=8"),
+        ({"kv_bytes": 101, "free_kv_bytes": 100}, "neither arena nor host tier"),
     ],
 )
 def test_a_full_queue_refuses_naming_the_limit(change: dict[str, int], limit: str) -> None:
