@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from polymux.disagg.cost import Roofline
 from polymux.disagg.views import DecodeModelView, DecodeWorkerView, PrefillWorkerView
 from polymux.transport.messages import Peer, WorkerHello, WorkerReport
-from polymux.transport.units import Epoch, ModelName, SequenceId
+from polymux.transport.prefix import MAX_CACHED_MARKS
+from polymux.transport.units import NO_IDS, Epoch, ModelName, PackedIds, SequenceId, unpack_ids
 
 SETTLE_S = 0.25  # a placement reaches its workers well within it
 Coefficients = tuple[float, float, float]
@@ -32,6 +33,32 @@ class Promise:
     kv_bytes: int  # of those
     tpot_slo_s: float
     busy_s: float = 0.0  # of a prefill worker: computing, and switching where it must
+
+
+class PrefixMarks:
+    """What a worker has cached, by its last report, and what it will have of the prompts that it was given in the last two."""
+
+    def __init__(self) -> None:
+        self._packed: PackedIds = NO_IDS
+        self._reported = self._older = self._expected = frozenset[int]()
+
+    @property
+    def sets(self) -> tuple[frozenset[int], ...]:
+        return self._reported, self._older, self._expected
+
+    def expect(self, marks: tuple[int, ...]) -> bool:
+        """False when there is nothing new in them."""
+        new = frozenset(marks).difference(*self.sets)
+        if len(self._expected) + len(new) > MAX_CACHED_MARKS:
+            self._older, self._expected = self._expected, frozenset()
+        self._expected |= new
+        return bool(new)
+
+    def report(self, packed: PackedIds) -> None:
+        self._older, self._expected = self._expected, frozenset()
+        if packed != self._packed:
+            self._packed = packed
+            self._reported = frozenset(unpack_ids(packed[: MAX_CACHED_MARKS * 4]))
 
 
 class WorkerBook:
@@ -64,6 +91,7 @@ class WorkerBook:
         self.unsettled: dict[SequenceId, Promise] = {}
         self.unsettled_prompt_tokens = 0
         self.unsettled_kv_bytes = 0
+        self.marks = PrefixMarks()
 
     def promise(self, sequence_id: SequenceId, promise: Promise) -> None:
         self.placed[sequence_id] = self.unsettled[sequence_id] = promise
@@ -90,6 +118,7 @@ class WorkerBook:
         self.resident = frozenset(load.model for load in (*report.loads, *report.prefills) if load.is_resident)
         if report.switch_bytes_per_s > 0:
             self.switch_bytes_per_s = report.switch_bytes_per_s
+        self.marks.report(report.cached_prefixes)
         for sequence_id, promise in list(self.unsettled.items()):  # in the order in which they were made
             if promise.at_s > now_s - SETTLE_S:
                 break
@@ -146,6 +175,11 @@ class PrefillBook(WorkerBook):
         self._view = None
         return promise
 
+    def expect(self, prefix_marks: tuple[int, ...]) -> None:
+        """A prompt that begins so was given to it, and leaves its KV there."""
+        if self.marks.expect(prefix_marks):
+            self._view = None
+
     def learn(self, costs: Mapping[ModelName, Coefficients]) -> None:
         super().learn(costs)
         self._view = None
@@ -175,6 +209,7 @@ class PrefillBook(WorkerBook):
                 resident=self.resident,
                 costs=self.costs,
                 switch_bytes_per_s=self.switch_bytes_per_s,
+                cached=self.marks.sets,
             )
         return self._view
 

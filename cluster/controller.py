@@ -20,7 +20,8 @@ from polymux.disagg.slo import SLO
 from polymux.disagg.views import AskView, DoorView
 from polymux.transport.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, Overloaded, PolymuxError, StaleEpoch
 from polymux.transport.messages import Admit, Joined, ModelSpec, Placement, Release, Reported, WorkerHello, WorkerReport
-from polymux.transport.units import ClientId, Epoch, ModelName, SequenceId, WorkerId
+from polymux.transport.prefix import MAX_PROMPT_MARKS
+from polymux.transport.units import ClientId, Epoch, ModelName, SequenceId, WorkerId, unpack_ids
 
 OUTCOMES = ("finished", "refused", "cancelled", "failed")  # of a Release
 MISSES = ("refused", "failed", "expired")  # of the service, not of the client
@@ -244,6 +245,8 @@ class Controller:
             kv_bytes=record.spec.kv.num_blocks(num_tokens) * record.block_bytes,
             weight_bytes=record.spec.weight_bytes,
             excluded=self._pool.stalled.union(ask.excluded) if ask.excluded else self._pool.stalled,
+            prefix_marks=tuple(unpack_ids(ask.prefix_hashes[: MAX_PROMPT_MARKS * 4])),
+            block_size=record.spec.kv.block_size,
         )
         forecast: _Forecast | None = None
         for number in numbers:
@@ -274,6 +277,7 @@ class Controller:
         forecast = _Forecast(is_idle=is_idle, ttft_s=prefill.finish_s + decode.wait_s, switch_s=prefill.switch_s)
         claim = (now_s, ask.model, ask.num_prompt_tokens, ask.num_prompt_tokens + ask.num_output_tokens, ask.kv_bytes, ask.tpot_slo_s)
         source.promise(sequence_id, Promise(*claim, busy_s=prefill.prefill_s + prefill.switch_s))
+        source.expect(ask.prefix_marks)
         target.promise(sequence_id, Promise(*claim))
         return source, target, forecast
 

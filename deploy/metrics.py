@@ -184,6 +184,9 @@ def worker_families(topology: Mapping[str, Any]) -> Iterator[Metric]:
         yield from _counters(
             ("vllm:",), "num_preemptions", "Sequences that gave their blocks back.", ("engine", "role"), counters["preemptions"]
         )
+    for name, doc in (("prefix_cache_queries", "Tokens looked up in prefix caches."), ("prefix_cache_hits", "Tokens found there.")):
+        if name in counters:
+            yield from _counters(("vllm:",), name, doc, ("engine", "role"), counters[name])
     yield from _model_families(topology)
 
 

@@ -35,8 +35,8 @@ class DecodeChoice:
 def choose_prefill(ask: AskView, workers: Iterable[PrefillWorkerView], *, now_s: float, max_group_size: int = 8) -> PrefillChoice | None:
     """Join a waiting group of the same model if that is sooner than anything that a switch elsewhere would buy.
 
-    A switch counts twice: for the time that this prompt waits for it, and for the same time that it takes from everyone behind.
-    None when every worker is excluded.
+    A switch counts twice: for the time that this prompt waits for it, and for the same time that it takes from everyone behind. A cached
+    prefix counts for the seconds that computing it would take. None when every worker is excluded.
     """
     best: tuple[float, WorkerId] | None = None
     choice: PrefillChoice | None = None
@@ -44,7 +44,8 @@ def choose_prefill(ask: AskView, workers: Iterable[PrefillWorkerView], *, now_s:
         if worker.worker_id in ask.excluded:
             continue
         base, per_token, per_square = worker.costs[ask.model]
-        prefill_s = base + ask.num_prompt_tokens * (per_token + ask.num_prompt_tokens * per_square)
+        num_tokens, num_cached = ask.num_prompt_tokens, num_cached_tokens(ask, worker)
+        prefill_s = base + (num_tokens - num_cached) * (per_token + (num_tokens + num_cached) * per_square)
         num_waiting = worker.waiting.get(ask.model, 0)
         joins = 0 < num_waiting < max_group_size
         is_free = joins or (ask.model in worker.resident and not num_waiting)
@@ -55,6 +56,16 @@ def choose_prefill(ask: AskView, workers: Iterable[PrefillWorkerView], *, now_s:
             best = rank
             choice = PrefillChoice(worker_id=worker.worker_id, finish_s=finish_s, prefill_s=prefill_s, switch_s=switch_s, joins=joins)
     return choice
+
+
+def num_cached_tokens(ask: AskView, worker: PrefillWorkerView) -> int:
+    """The tokens that this prompt begins with and the worker has, by the marks of its blocks; one at least is left to compute."""
+    num_blocks = 0
+    for mark in ask.prefix_marks:
+        if not any(mark in marks for marks in worker.cached):
+            break
+        num_blocks += 1
+    return min(num_blocks, (ask.num_prompt_tokens - 1) // ask.block_size) * ask.block_size
 
 
 def choose_decode(ask: AskView, workers: Iterable[DecodeWorkerView], *, max_quota_s: float = 4.0) -> DecodeChoice | None:

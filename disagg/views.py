@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from polymux.transport.units import ModelName, SequenceId, WorkerId
+from polymux.transport.units import BLOCK_SIZE, ModelName, SequenceId, WorkerId
 
 # ---------------------------------------------------------------- decode worker
 
@@ -177,6 +177,8 @@ class AskView:
     kv_bytes: int  # of prompt and expected output
     weight_bytes: int
     excluded: frozenset[WorkerId] = frozenset()
+    prefix_marks: tuple[int, ...] = ()  # of the prompt's blocks in order, as `PrefillWorkerView.cached` has them
+    block_size: int = BLOCK_SIZE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +191,7 @@ class PrefillWorkerView:
     resident: frozenset[ModelName]
     costs: Mapping[ModelName, tuple[float, float, float]]  # seconds: 1, tokens, tokens^2
     switch_bytes_per_s: float
+    cached: tuple[frozenset[int], ...] = ()  # marks of prefixes that it has, or will have when it comes to this prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,8 @@ from polymux.deploy.http.openai import INT64, ChatCompletionRequest, CompletionR
 from polymux.deploy.http.settings import HttpSettings
 from polymux.transport.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from polymux.transport.messages import ModelSpec, SamplingParams
-from polymux.transport.units import ModelName, PackedIds, pack_ids
+from polymux.transport.prefix import marks_of, salt_of
+from polymux.transport.units import NO_IDS, ModelName, PackedIds, pack_ids
 
 COMPLETION_MAX_TOKENS = 16  # the OpenAI default of /v1/completions
 MIN_TOP_P = 1e-9  # what 0 means: the likeliest token alone
@@ -76,6 +77,8 @@ class Generation:
     choices_per_prompt: int
     num_prompt_tokens: int  # each prompt once, whatever n is
     stop: tuple[str, ...] = ()
+    cache_salt: str = ""  # of the tenant and the request
+    prefix_hashes: PackedIds = NO_IDS  # of what all its prompts begin with
 
 
 def plan(
@@ -105,6 +108,7 @@ def plan(
         for choice in range(body.n):
             seeded = replace(sampling, seed=choice_seed(seed if body.seed is None else body.seed, choice))
             sequences.append(SequencePlan(prompt_ids=packed, num_prompt_tokens=len(prompt), sampling=seeded))
+    salt = salt_of(envelope.tenant, body.cache_salt or "")
     return Generation(
         envelope=envelope,
         model=spec.model,
@@ -112,6 +116,8 @@ def plan(
         choices_per_prompt=body.n,
         num_prompt_tokens=sum(map(len, prompts)),
         stop=tuple(body.stop),
+        cache_salt=salt,
+        prefix_hashes=marks_of(spec, salt, (one.prompt_ids for one in sequences)),
     )
 
 

@@ -37,7 +37,7 @@ MAX_DETOKENIZED = 1 << 18
 INT64 = 1 << 63
 
 # Fields of the OpenAI specification (and of vLLM's extensions) that are refused, with the values that ask for nothing.
-NEUTRAL_SHARED: Neutral = {"cache_salt": (), "metadata": ({},), "priority": (0,), "store": (False,)}
+NEUTRAL_SHARED: Neutral = {"metadata": ({},), "priority": (0,), "store": (False,)}
 NEUTRAL_CHAT: Neutral = NEUTRAL_SHARED | {
     "audio": (),
     "function_call": ("none",),
@@ -246,6 +246,9 @@ class GenerationRequest(Body):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] | None = None
+    cache_salt: str | None = Field(
+        default=None, min_length=1, max_length=512, description="only requests of one API key and one salt share cached prompts"
+    )
     user: str | None = Field(default=None, max_length=512, description="written to the access log")
     request_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._:-]{1,128}$", description="becomes part of the response's id")
 

@@ -204,6 +204,7 @@ class Placer:
             deadline_s=self._remaining_s(),
             ttft_slo_s=placement.ttft_slo_s,
             tpot_slo_s=placement.tpot_slo_s,
+            cache_salt=self._generation.cache_salt,
             due_in_s=placement.ttft_slo_s - (self._loop.time() - self._arrived_s),
         )
 
@@ -228,6 +229,7 @@ class Placer:
             ttft_slo_s=envelope.ttft_slo_s,
             tpot_slo_s=envelope.tpot_slo_s,
             tenant=envelope.tenant,
+            prefix_hashes=self._generation.prefix_hashes,
         )
 
     def _remaining_s(self) -> float:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymux.disagg.dispatch import DecodeChoice, PrefillChoice, choose_decode, choose_prefill
+from polymux.disagg.dispatch import DecodeChoice, PrefillChoice, choose_decode, choose_prefill, num_cached_tokens
 from polymux.disagg.views import AskView, DecodeModelView, DecodeWorkerView, PrefillWorkerView
 from polymux.transport.units import ModelName, WorkerId
 
@@ -25,6 +25,7 @@ def prefill(
     waiting: dict[ModelName, int] | None = None,
     resident: tuple[ModelName, ...] = (),
     per_token_s: float = 1e-3,
+    cached: tuple[int, ...] = (),
 ) -> PrefillWorkerView:
     return PrefillWorkerView(
         worker_id=WorkerId(worker_id),
@@ -33,6 +34,7 @@ def prefill(
         resident=frozenset(resident),
         costs=dict.fromkeys((A, B), (0.0, per_token_s, 0.0)),
         switch_bytes_per_s=1e9,
+        cached=(frozenset(cached),),
     )
 
 
@@ -197,3 +199,37 @@ def test_no_worker_would_have_finished_the_prompt_a_switch_sooner_than_the_one_c
     chosen = to_prefill(*views)
     for other in (to_prefill(view) for view in views):
         assert chosen.finish_s + chosen.switch_s <= other.finish_s + other.switch_s
+
+
+def test_a_cached_prefix_is_worth_the_seconds_that_it_saves() -> None:
+    ask = replace(ASK, prefix_marks=(1, 2, 3, 4, 5, 6))
+    has_it = prefill("p2", resident=(A,), cached=(1, 2, 3), busy_s=0.04)
+    chosen = choose_prefill(ask, [prefill("p1", resident=(A,)), has_it], now_s=100.0)
+    assert chosen is not None and chosen.worker_id == "p2"
+    assert chosen.prefill_s == pytest.approx(0.052) and chosen.finish_s == pytest.approx(0.092)
+    later = choose_prefill(ask, [prefill("p1", resident=(A,)), replace(has_it, busy_until_s=100.05)], now_s=100.0)
+    assert later is not None and later.worker_id == "p1"
+
+
+def test_a_gap_ends_a_prefix_and_one_token_is_always_computed() -> None:
+    worker = prefill("p1", cached=(1, 2, 4))
+    assert num_cached_tokens(replace(ASK, prefix_marks=(1, 2, 3, 4)), worker) == 32
+    assert num_cached_tokens(replace(ASK, prefix_marks=(3, 1, 2)), worker) == 0
+    assert num_cached_tokens(replace(ASK, prefix_marks=(1, 2), num_prompt_tokens=32), worker) == 16
+    assert num_cached_tokens(ASK, worker) == 0
+
+
+@given(
+    marks=st.lists(st.integers(0, 9), max_size=12),
+    cached=st.lists(st.integers(0, 9), max_size=8),
+    num_tokens=st.integers(1, 200),
+    square=st.floats(0, 1e-5),
+)
+def test_a_prefix_never_makes_a_prompt_dearer_nor_free(marks: list[int], cached: list[int], num_tokens: int, square: float) -> None:
+    ask = replace(ASK, prefix_marks=tuple(marks), num_prompt_tokens=num_tokens)
+    costs = {A: (0.001, 1e-3, square)}
+    cold, warm = (
+        choose_prefill(ask, [replace(prefill("p", resident=(A,), cached=tuple(have)), costs=costs)], now_s=100.0) for have in ([], cached)
+    )
+    assert cold is not None and warm is not None
+    assert 0.002 - 1e-9 <= warm.prefill_s <= cold.prefill_s + 1e-12
