@@ -119,7 +119,6 @@ REFUSED = [
     ("chat", {"metadata": {"a": "b"}}, "metadata"),
     ("chat", {"priority": 1}, "priority"),
     ("chat", {"priority": False}, "priority"),
-    ("chat", {"cache_salt": "s"}, "cache_salt"),
     ("chat", {"service_tier": "flex"}, "service_tier"),
     ("chat", {"parallel_tool_calls": 1}, "parallel_tool_calls"),
     ("chat", {"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
