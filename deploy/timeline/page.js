@@ -15,7 +15,7 @@ const KINDS = { // in the order of their rows; `rows` is how many overlapping sp
 };
 const NAMES = { active: "active model", switch: "switch", prefetch: "prefetch of weights", prefill: "prefill", decode: "decode",
   kv_in: "KV arriving", kv_out: "KV leaving", swap_in: "KV back from the host", swap_out: "KV to the host" };
-const HUES = [258, 55, 150, 20, 305, 95, 205, 350]; // far enough apart to be told from each other
+const HUES = [[255, 0], [60, 0.05], [150, 0], [15, -0.02], [300, -0.03], [100, 0.1], [200, 0.03], [340, 0.02]]; // degrees, and lighter by
 const GUTTER = 84, PAD = 18, HEAD = 30, GAP = 3, TAIL = 10; // pixels
 const MIN_SPAN_S = 20e-6; // the narrowest view
 const LIVE_MS = 2000;
@@ -112,7 +112,8 @@ function chooseColors() {
     while (taken.has(slot)) slot = (slot + 1) % number;
     taken.add(slot);
     const ring = Math.floor(found.size / number) % 3;
-    found.set(name, `oklch(${+lightness + [0, -0.16, 0.1][ring]} ${chroma * [1, 0.85, 0.6][ring]} ${HUES[slot]})`);
+    const [hue, lighter] = HUES[slot];
+    found.set(name, `oklch(${+lightness + lighter + [0, -0.16, 0.1][ring]} ${chroma * [1, 0.85, 0.6][ring]} ${hue})`);
   }
   colors = [...models.keys()].map((name) => found.get(name));
 }
