@@ -305,6 +305,11 @@ class BlockManager:
         held = sum(pool.num_held_free * layout.block_bytes for layout, pool in self._pools.items())
         return held + self._source.num_free_slabs * self._source.slab_bytes
 
+    @property
+    def num_used_bytes(self) -> int:
+        """Of blocks that somebody holds."""
+        return sum(pool.num_out * layout.block_bytes for layout, pool in self._pools.items())
+
     def check(self) -> None:
         self._source.check()
         for pool in self._pools.values():

@@ -22,6 +22,7 @@ from polymux.disagg.cost import (
 )
 from polymux.transport.kv import EdgeStats
 from polymux.transport.messages import ModelCost, ModelSpec, SpanKind
+from polymux.transport.telemetry import METRICS, Telemetry, flatten
 from polymux.transport.units import ModelName
 
 EAGER_OBSERVATIONS = 64  # of one cost; after them every `SPARSE`-th step is enough to follow it
@@ -52,6 +53,7 @@ class Meter:
         self._switch = _Cost(guess_switch(self._device))
         self._swap = _Cost(guess_swap(self._device))
         self._counters: defaultdict[str, float] = defaultdict(float)
+        self._telemetry = Telemetry({name: METRICS[name] for name in ("model_switches", "model_switch_seconds")})
         self._lock = threading.Lock()
 
     def add_model(self, spec: ModelSpec) -> None:
@@ -109,12 +111,16 @@ class Meter:
             model_switch_bytes=switch.nbytes,
             model_evictions=len(switch.evicted),
         )
+        came = "prefetched" if switch.was_prefetched else "loaded"
+        self._telemetry.add("model_switches", 1.0, came if switch.nbytes else "resident")
+        self._telemetry.observe("model_switch_seconds", switch.seconds, "switch")
         now_s = self.timeline.clock()
         self.timeline.add(SpanKind.SWITCH, switch.target, now_s - switch.seconds, now_s, nbytes=switch.nbytes)
         self.timeline.activated(switch.target, now_s)
 
     def loaded(self, loaded: Loaded) -> None:
         """Weights are in. What the engine waited for them is what a switch costs; a prefetch hides that, and tells nothing."""
+        self._telemetry.observe("model_switch_seconds", loaded.ended_s - loaded.began_s, "prefetch" if loaded.was_prefetched else "load")
         if loaded.was_prefetched:
             self._add(model_prefetches=1, model_prefetch_bytes=loaded.nbytes)
             self.timeline.add(SpanKind.PREFETCH, loaded.model, loaded.began_s, loaded.ended_s, nbytes=loaded.nbytes)
@@ -149,6 +155,7 @@ class Meter:
         """Every counter since the worker started, KV migration's included, by name."""
         with self._lock:
             counts = dict(self._counters)
+        counts |= flatten(self._telemetry.snapshot())
         counts["kv_transfer_bytes"] = sum(edge.bytes for edge in edges)
         counts["kv_transfers_committed"] = sum(edge.committed for edge in edges)
         counts["kv_transfers_failed"] = sum(number for edge in edges for _, number in edge.failed)

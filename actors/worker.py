@@ -62,6 +62,7 @@ class _Snapshot:
     """What the engine thread last said of itself."""
 
     num_free_kv_bytes: int
+    num_used_kv_bytes: int = 0
     num_free_host_bytes: int | None = None
     num_blocks_out: int = 0
     active: ModelName | None = None
@@ -321,6 +322,7 @@ class Worker:
             costs=self._meter.costs(),
             switch_bytes_per_s=self._meter.switch_bytes_per_s,
             num_free_kv_bytes=seen.num_free_kv_bytes,
+            num_used_kv_bytes=seen.num_used_kv_bytes,
             num_free_host_bytes=seen.num_free_host_bytes,
             num_blocks_out=seen.num_blocks_out,
             cached_prefixes=seen.cached_prefixes,
@@ -339,6 +341,7 @@ class Worker:
         num_open = self._prefill.num_open + self._decode.num_open
         self._published = _Snapshot(
             num_free_kv_bytes=engine.blocks.num_free_bytes,
+            num_used_kv_bytes=engine.blocks.num_used_bytes,
             num_free_host_bytes=self._tier.num_free_bytes if self._tier is not None else None,
             num_blocks_out=engine.blocks.num_out + (self._tier.blocks.num_out if self._tier is not None else 0),
             active=engine.residency.active,

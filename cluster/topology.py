@@ -37,6 +37,7 @@ class WorkerStatus:
     busy_s: float  # predicted seconds of prefill work given to it
     num_free_kv_bytes: int
     num_free_host_bytes: int | None  # of its node's host tier; None without one
+    num_used_kv_bytes: int  # in blocks that are held
     num_blocks_out: int
     report_age_s: float | None  # None: not yet reported
     step_age_s: float | None  # None: idle
@@ -50,6 +51,8 @@ class ModelStatus:
     created: int
     max_model_len: int
     weight_bytes: int
+    block_size: int  # tokens
+    block_bytes: int
     num_inflight: int  # requests
     num_finished: int
     num_failed: int  # failed, refused by a worker or overdue: each an SLO miss; requests that the client gave up count nowhere

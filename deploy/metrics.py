@@ -7,7 +7,6 @@ comes from the controller's topology and carries the worker's name.
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from polymux.transport.telemetry import METRICS, parse
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # vLLM's buckets (v1/metrics/buckets.py), with finer ones below 10 ms.
@@ -29,7 +30,11 @@ TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 2
 
 BOTH = ("polymux:", "vllm:")
 OWN = ("polymux:",)
-_COUNTER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+VLLM_COUNTERS = {  # of workers, under the names that the field's dashboards know
+    "preemptions": ("num_preemptions", "Sequences that gave their blocks back."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens that were found there."),
+}
 
 Labels = tuple[str, ...]
 
@@ -161,7 +166,8 @@ def worker_families(topology: Mapping[str, Any]) -> Iterator[Metric]:
     """Gauges and counters of every worker, and of every model, from the controller's snapshot."""
     workers = topology.get("workers", ())
     gauges: dict[str, dict[Labels, float]] = defaultdict(dict)
-    counters: dict[str, dict[Labels, float]] = defaultdict(dict)
+    usage: dict[Labels, float] = {}
+    counted = WorkerCounters()
     for worker in workers:
         labels = (str(worker["worker_id"]), str(worker["role"]))
         gauges["worker_up"][labels] = float(worker["state"] == "alive")
@@ -171,33 +177,94 @@ def worker_families(topology: Mapping[str, Any]) -> Iterator[Metric]:
         gauges["kv_free_bytes"][labels] = float(worker["num_free_kv_bytes"])
         if worker["num_free_host_bytes"] is not None:
             gauges["kv_host_free_bytes"][labels] = float(worker["num_free_host_bytes"])
+        used = float(worker["num_used_kv_bytes"])
+        gauges["kv_used_bytes"][labels] = used
+        usage[labels] = used / max(used + worker["num_free_kv_bytes"], 1.0)
         gauges["kv_blocks_out"][labels] = float(worker["num_blocks_out"])
         gauges["last_step_age_seconds"][labels] = 0.0 if worker["step_age_s"] is None else float(worker["step_age_s"])
-        for name, value in worker["counters"].items():
-            if _COUNTER_NAME.fullmatch(name) and math.isfinite(value):
-                counters[name.removesuffix("_total")][labels] = float(value)
+        counted.add(labels, worker["counters"])
     for name, values in gauges.items():
         yield from _gauges(OWN, name, _WORKER_DOCS[name], ("worker", "role"), values)
-    for name, values in counters.items():
-        yield from _counters(OWN, name, "Counted by workers since they started.", ("worker", "role"), values)
-    if "preemptions" in counters:
-        yield from _counters(
-            ("vllm:",), "num_preemptions", "Sequences that gave their blocks back.", ("engine", "role"), counters["preemptions"]
-        )
-    for name, doc in (("prefix_cache_queries", "Tokens looked up in prefix caches."), ("prefix_cache_hits", "Tokens found there.")):
-        if name in counters:
-            yield from _counters(("vllm:",), name, doc, ("engine", "role"), counters[name])
+    yield from _gauges(OWN, "kv_cache_usage_perc", "Part of the arena's KV that sequences hold, 0 to 1.", ("worker", "role"), usage)
+    yield from _gauges(("vllm:",), "kv_cache_usage_perc", "Part of the arena's KV that sequences hold, 0 to 1.", ("engine", "role"), usage)
+    yield from counted.families()
+    yield from _cache_config(topology)
     yield from _model_families(topology)
 
 
+class WorkerCounters:
+    """What workers count, by family: plain, with labels of its own, or a histogram (`telemetry.flatten`)."""
+
+    def __init__(self) -> None:
+        self._plain: dict[str, dict[Labels, float]] = defaultdict(dict)
+        self._labelled: dict[tuple[str, Labels], dict[Labels, float]] = defaultdict(dict)
+        self._buckets: dict[tuple[str, Labels], dict[Labels, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+        self._sums: dict[tuple[str, Labels], dict[Labels, float]] = defaultdict(dict)
+
+    def add(self, worker: Labels, counters: Mapping[str, float]) -> None:
+        """What has no name of ours, or no value, is left out."""
+        for text, value in counters.items():
+            found = parse(text)
+            if found is None or not math.isfinite(value):
+                continue
+            (name, labels), number = found, float(value)
+            bound = labels.pop("le", None)
+            names, key = tuple(labels), (*worker, *labels.values())
+            if bound is not None:
+                self._buckets[name.removesuffix("_bucket"), names][key][bound] = number
+            elif labels and name.endswith("_sum"):
+                self._sums[name.removesuffix("_sum"), names][key] = number
+            elif labels:
+                self._labelled[name, names][key] = number
+            else:
+                self._plain[name.removesuffix("_total")][key] = number
+
+    def families(self) -> Iterator[Metric]:
+        """A name is one family: where it has labels or is a histogram, the plain counter would say the same again."""
+        said = {name for name, _ in (*self._labelled, *self._buckets)}
+        for name, values in self._plain.items():
+            if name not in said:
+                yield from _counters(OWN, name, "Counted by workers since they started.", _WORKER, values)
+            if name in VLLM_COUNTERS:
+                alias, doc = VLLM_COUNTERS[name]
+                yield from _counters(("vllm:",), alias, doc, ("engine", "role"), values)
+        for (name, labels), values in self._labelled.items():
+            yield from _counters(OWN, name, _doc(name), (*_WORKER, *labels), values)
+        for (name, labels), series in self._buckets.items():
+            family = HistogramMetricFamily(OWN[0] + name, _doc(name), labels=(*_WORKER, *labels))
+            for key, buckets in series.items():
+                ordered = sorted(buckets.items(), key=lambda bucket: float(bucket[0]))
+                family.add_metric(key, ordered, self._sums[name, labels].get(key, 0.0))
+            yield family
+
+
+def _doc(name: str) -> str:
+    return METRICS[name].help if name in METRICS else "Counted by workers since they started."
+
+
+_WORKER = ("worker", "role")
 _WORKER_DOCS = {
     "worker_up": "1 where the worker is alive and steps.",
     "transport_epoch": "The worker's incarnation.",
     "kv_free_bytes": "Arena bytes that KV blocks could still take.",
     "kv_host_free_bytes": "Bytes of the node's host tier that swapped KV could still take; workers of a node share it.",
     "kv_blocks_out": "KV blocks held by sequences, grants and quarantine, in the arena and in the host tier.",
+    "kv_used_bytes": "Arena bytes in KV blocks that sequences, grants and quarantine hold.",
     "last_step_age_seconds": "Seconds since a busy worker's last step; 0 when idle.",
 }
+
+
+def _cache_config(topology: Mapping[str, Any]) -> Iterator[Metric]:
+    """How many blocks of a model a worker's KV room comes to; models share the room, so each count holds for that model alone."""
+    values: dict[Labels, float] = {}
+    for worker in topology.get("workers", ()):
+        if worker["state"] != "lost":
+            room = worker["num_used_kv_bytes"] + worker["num_free_kv_bytes"]
+            for one in topology.get("models", ()):
+                labels = (str(one["model"]), str(worker["worker_id"]), str(one["block_size"]), str(room // one["block_bytes"]))
+                values[labels] = 1.0
+    names = ("model_name", "engine", "block_size", "num_gpu_blocks")
+    yield from _gauges(BOTH, "cache_config_info", "KV blocks by model and worker, as labels.", names, values)
 
 
 def _model_families(topology: Mapping[str, Any]) -> Iterator[Metric]:

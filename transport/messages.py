@@ -264,6 +264,7 @@ class WorkerReport:
     counters: tuple[tuple[str, float], ...] = ()  # telemetry, by metric name
     num_free_host_bytes: int | None = None  # of the node's host tier, which its workers share; None without one
     prefills: tuple[ModelLoad, ...] = ()  # as prefill worker: the prompts that were ordered here
+    num_used_kv_bytes: int = 0  # of the arena, in blocks that are held
     cached_prefixes: PackedIds = NO_IDS  # marks (`prefix.mark`) of the cached blocks used last, at most MAX_CACHED_MARKS
 
 

@@ -1,5 +1,7 @@
 """Counters, gauges and histograms: recorded here, exported by deploy under the project's prefix and the field's aliases.
 
+From a worker to the front door they travel as named numbers, `name{label=value}`, which can be summed over workers.
+
 Every metric is declared in `METRICS` with its labels and buckets, so that its name is written once; recording under another name, or with
 another number of labels, is an error. Seconds and bytes, never milliseconds or mebibytes.
 """
@@ -7,9 +9,12 @@ another number of labels, is an error. Seconds and bytes, never milliseconds or 
 from __future__ import annotations
 
 import enum
+import re
 import threading
 from bisect import bisect_left
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 _MAX_SERIES = 1000  # label combinations of one metric; the rest are counted together
 _OVERFLOW = "other"
@@ -46,7 +51,7 @@ TTFT_S = (
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
 TPOT_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-SWITCH_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SWITCH_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 TOKENS = (1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
 
 
@@ -79,7 +84,11 @@ METRICS: dict[str, Metric] = {
         _counter("request_failure", "Requests that ended otherwise, by error class.", "model_name", "error"),
         _counter("admission_rejections", "Requests refused at the door, by error class.", "model_name", "reason"),
         _counter("tenant_tokens", "Tokens by tenant.", "tenant"),
-        _counter("model_switches", "Changes of a worker's active model.", "engine", "reason"),
+        _counter(
+            "model_switches",
+            "Changes of a worker's active model, by where its weights were: resident, prefetched, or loaded for it.",
+            "reason",
+        ),
         _counter("kv_transfer_bytes", "Bytes of KV that landed.", "transport", "edge"),
         _counter("kv_transfers", "KV transfers by outcome: committed, or an error class.", "transport", "edge", "outcome"),
         _counter("kv_stale_reads", "Attention over blocks whose transfer was not committed. Must stay 0.", "engine"),
@@ -93,7 +102,12 @@ METRICS: dict[str, Metric] = {
         _histogram("request_decode_time_seconds", "First to last token.", REQUEST_S, "model_name"),
         _histogram("iteration_tokens_total", "Tokens in one step.", TOKENS, "engine"),
         _histogram("kv_transfer_seconds", "Order to commit of a KV transfer.", TTFT_S, "transport", "edge"),
-        _histogram("model_switch_seconds", "Change of the active model.", SWITCH_S, "from", "to"),
+        _histogram(
+            "model_switch_seconds",
+            "What a switch waited (switch), and how long weights took to come in (load, prefetch).",
+            SWITCH_S,
+            "phase",
+        ),
     )
 }
 
@@ -150,3 +164,35 @@ class Telemetry:
         if labels not in series and len(series) >= _MAX_SERIES:
             labels = (_OVERFLOW,) * len(labels)
         return series, labels
+
+
+_NAME = re.compile(r"([a-z][a-z0-9_]*)(?:\{([a-z_]+=[A-Za-z0-9_.+-]*(?:,[a-z_]+=[A-Za-z0-9_.+-]*)*)\})?")
+
+
+def flatten(samples: Iterable[Sample], metrics: Mapping[str, Metric] = METRICS) -> dict[str, float]:
+    """Samples as named numbers. A histogram is its cumulative `name_bucket`s, by the bound `le`, and its `name_sum`."""
+    flat: dict[str, float] = {}
+    for sample in samples:
+        metric = metrics[sample.name]
+        labels = [f"{label}={value}" for label, value in zip(metric.labels, sample.labels, strict=True)]
+        if metric.kind is not MetricKind.HISTOGRAM:
+            flat[_named(sample.name, labels)] = sample.value
+            continue
+        flat[_named(f"{sample.name}_sum", labels)] = sample.value
+        bounds = [*map(str, metric.buckets), "+Inf"]
+        for bound, count in zip(bounds, accumulate(sample.counts), strict=True):
+            flat[_named(f"{sample.name}_bucket", [*labels, f"le={bound}"])] = float(count)
+    return flat
+
+
+def parse(name: str) -> tuple[str, dict[str, str]] | None:
+    """The name of a flattened number, and its labels; None for what is not one."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    pairs = (pair.partition("=") for pair in (found[2] or "").split(",") if pair)
+    return found[1], {label: value for label, _, value in pairs}
+
+
+def _named(name: str, labels: list[str]) -> str:
+    return f"{name}{{{','.join(labels)}}}" if labels else name

@@ -12,9 +12,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from zero_stack import ZeroStack
 
+from polymux.actors.meter import Meter
+from polymux.actors.weights.residency import Switch
 from polymux.deploy.http.auth import hash_key
 from polymux.deploy.metrics import CONTENT_TYPE, Histogram, Metrics
 from polymux.transport.errors import Overloaded
+from polymux.transport.units import ModelName
 
 PROMPT: dict[str, Any] = {"model": "bytes", "prompt": "hello", "max_tokens": 64}
 MODEL = {"model_name": "bytes"}
@@ -25,15 +28,33 @@ TOPOLOGY: dict[str, Any] = {
             "role": "decode",
             "state": "alive",
             "epoch": 7,
-            "num_free_kv_bytes": 4096,
             "num_free_host_bytes": 8192,
+            "num_free_kv_bytes": 3072,
+            "num_used_kv_bytes": 1024,
             "num_blocks_out": 3,
             "step_age_s": 0.5,
-            "counters": {"preemptions": 2.0, "kv_transfer_bytes": 10.0, "bad name": 1.0, "not_finite": float("nan")},
+            "counters": {
+                "preemptions": 2.0,
+                "prefix_cache_queries": 64.0,
+                "prefix_cache_hits": 48.0,
+                "swap_out_bytes": 512.0,
+                "kv_transfer_bytes": 10.0,
+                "model_switches": 5.0,
+                "model_switches{reason=resident}": 3.0,
+                "model_switches{reason=loaded}": 2.0,
+                "model_switch_seconds": 0.25,
+                "model_switch_seconds_sum{phase=switch}": 0.25,
+                "model_switch_seconds_bucket{phase=switch,le=0.1}": 4.0,
+                "model_switch_seconds_bucket{phase=switch,le=+Inf}": 5.0,
+                "bad name": 1.0,
+                "bad{label}": 1.0,
+                'bad{a="b"}': 1.0,
+                "not_finite": float("nan"),
+            },
         },
         {"worker_id": "decode-1", "role": "decode", "state": "lost"},
     ],
-    "models": [{"model": "bytes", "resident_on": ["decode-0"], "num_finished": 4, "num_attained": 3}],
+    "models": [{"model": "bytes", "resident_on": ["decode-0"], "num_finished": 4, "num_attained": 3, "block_size": 16, "block_bytes": 512}],
 }
 
 
@@ -126,6 +147,43 @@ def test_workers_and_models_come_from_the_controllers_snapshot() -> None:
     assert value(text, "vllm:num_preemptions_total", engine="decode-0", role="decode") == 2
     assert value(text, "polymux:slo_attainment_ratio", model_name="bytes", slo="ttft_and_tpot") == 0.75
     assert not [name for name, _ in samples(text) if "bad" in name or "finite" in name]
+
+
+def test_switches_are_told_by_where_the_weights_were_and_by_how_long_they_took() -> None:
+    text = Metrics().render(TOPOLOGY)
+    worker = {"worker": "decode-0", "role": "decode"}
+    assert value(text, "polymux:model_switches_total", **worker, reason="resident") == 3
+    assert value(text, "polymux:model_switches_total", **worker, reason="loaded") == 2
+    assert value(text, "polymux:model_switch_seconds_bucket", **worker, phase="switch", le="0.1") == 4
+    assert value(text, "polymux:model_switch_seconds_count", **worker, phase="switch") == 5
+    assert value(text, "polymux:model_switch_seconds_sum", **worker, phase="switch") == 0.25
+    assert not [name for name, _ in samples(text) if name == "polymux:model_switch_seconds_total"]
+
+
+def test_kv_usage_and_cache_are_told_as_routers_of_the_field_ask_for_them() -> None:
+    text = Metrics().render(TOPOLOGY)
+    engine = {"engine": "decode-0", "role": "decode"}
+    assert value(text, "vllm:kv_cache_usage_perc", **engine) == 0.25
+    assert value(text, "polymux:kv_cache_usage_perc", worker="decode-0", role="decode") == 0.25
+    assert value(text, "vllm:cache_config_info", model_name="bytes", engine="decode-0", block_size="16", num_gpu_blocks="8") == 1
+    assert value(text, "vllm:prefix_cache_queries_total", **engine) == 64
+    assert value(text, "vllm:prefix_cache_hits_total", **engine) == 48
+    assert value(text, "polymux:swap_out_bytes_total", worker="decode-0", role="decode") == 512
+
+
+def test_a_meters_counters_come_out_as_the_metrics_they_are() -> None:
+    meter = Meter()
+    for nbytes, seconds in ((0, 0.0002), (4096, 0.02), (4096, 0.03)):
+        meter.switched(
+            Switch(source=None, target=ModelName("a"), seconds=seconds, nbytes=nbytes, evicted=(), was_prefetched=seconds == 0.03)
+        )
+    worker = {**TOPOLOGY["workers"][0], "counters": dict(meter.counters(()))}
+    text = Metrics().render({**TOPOLOGY, "workers": [worker]})
+    label = {"worker": "decode-0", "role": "decode"}
+    for reason in ("resident", "prefetched", "loaded"):
+        assert value(text, "polymux:model_switches_total", **label, reason=reason) == 1
+    assert value(text, "polymux:model_switch_seconds_bucket", **label, phase="switch", le="0.025") == 2
+    assert value(text, "polymux:model_switch_seconds_sum", **label, phase="switch") == pytest.approx(0.0502)
 
 
 def test_a_bucket_counts_what_is_at_most_its_bound() -> None:

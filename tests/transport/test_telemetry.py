@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from polymux.transport.telemetry import METRICS, MetricKind, Telemetry
+from polymux.transport.telemetry import METRICS, MetricKind, Telemetry, flatten, parse
 
 
 def sample(telemetry: Telemetry, name: str, *labels: str) -> float:
@@ -78,3 +78,23 @@ def test_names_follow_the_field_s_conventions() -> None:
         assert not metric.name.endswith(("_ms", "_mb"))
         assert (metric.kind is MetricKind.HISTOGRAM) == bool(metric.buckets)
         assert list(metric.buckets) == sorted(set(metric.buckets))
+
+
+def test_samples_travel_as_numbers_whose_names_say_what_they_are() -> None:
+    telemetry = Telemetry()
+    telemetry.add("model_switches", 3, "resident")
+    telemetry.add("kv_transfer_bytes", 5, "tcp", "decode-0.x")
+    for seconds in (0.0002, 0.0002, 0.3, 99.0):
+        telemetry.observe("model_switch_seconds", seconds, "load")
+    flat = flatten(telemetry.snapshot())
+    assert flat["model_switches{reason=resident}"] == 3
+    assert flat["model_switch_seconds_sum{phase=load}"] == pytest.approx(99.3004)
+    bounds = {parse(name)[1]["le"]: value for name, value in flat.items() if "_bucket" in name}  # type: ignore[index]
+    assert (bounds["0.0001"], bounds["0.00025"], bounds["0.5"], bounds["30.0"], bounds["+Inf"]) == (0, 2, 3, 3, 4)
+    assert parse("kv_transfer_bytes{transport=tcp,edge=decode-0.x}") == ("kv_transfer_bytes", {"transport": "tcp", "edge": "decode-0.x"})
+    assert all(parse(name) is not None for name in flat)
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "a b", "a{", "a{}", "a{b}", 'a{b="c"}', "a{b=c", "a{b=c,}", "a{b=c}d", "a\n"])
+def test_what_is_not_a_name_of_ours_is_not_read_as_one(name: str) -> None:
+    assert parse(name) is None
