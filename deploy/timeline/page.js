@@ -1,6 +1,7 @@
 "use strict";
 // Draws the reply of /v1/polymux/timeline: a lane for each worker, a row for each kind of span, all on one wall clock.
-// Spans are typed arrays sorted by their beginning; a draw touches only what is in view, and one span a pixel.
+// Spans are typed arrays sorted by their beginning; a draw touches only what is in view. Where spans are too short to be told apart, a
+// column of two pixels shows each model's share of its time, so that thousands of short switches do not look like one long one.
 
 const KINDS = { // in the order of their rows; `rows` is how many overlapping spans are shown one above the other
   active: { label: "model", height: 15, rows: 1 },
@@ -17,6 +18,7 @@ const NAMES = { active: "active model", switch: "switch", prefetch: "prefetch of
   kv_in: "KV arriving", kv_out: "KV leaving", swap_in: "KV back from the host", swap_out: "KV to the host" };
 const HUES = [[255, 0], [60, 0.05], [150, 0], [15, -0.02], [300, -0.03], [100, 0.1], [200, 0.03], [340, 0.02]]; // degrees, and lighter by
 const GUTTER = 84, PAD = 18, HEAD = 30, GAP = 3, TAIL = 10; // pixels
+const COLUMN = 2; // pixels
 const MIN_SPAN_S = 20e-6; // the narrowest view
 const LIVE_MS = 2000;
 
@@ -232,14 +234,18 @@ function drawTrack(ctx, track, offset, width, seen) {
   ctx.textAlign = "right";
   ctx.font = `11px ${theme.sans}`;
   ctx.fillText(KINDS[kind].label, left - 10, y + height / 2 + 0.5);
-  const rowHeight = height / track.numRows, least = kind === "switch" ? 1.5 : 1;
-  const last = new Array(track.numRows).fill(-1);
+  const rowHeight = height / track.numRows, least = kind === "switch" ? 1.5 : 1, last = new Array(track.numRows).fill(-1);
+  const columns = track.numRows === 1 ? clearColumns(Math.ceil((right - left) / COLUMN) + 1) : null;
   for (let i = firstReaching(track, view.start); i < track.n && start[i] < view.end; i++) {
     if (end[i] < view.start) continue;
     count(track, i, seen);
     let x = left + (start[i] - view.start) * k, wide = (end[i] - start[i]) * k;
+    if (columns && wide < COLUMN) {
+      if (x >= left && x < right) addToColumn(columns, Math.floor((x - left) / COLUMN), i, model[i], wide / COLUMN, part(track, i));
+      continue;
+    }
     if (wide < least) {
-      const pixel = Math.floor(x * 1.0);
+      const pixel = Math.floor(x);
       if (last[level[i]] === pixel) continue;
       last[level[i]] = pixel;
       wide = least;
@@ -249,19 +255,68 @@ function drawTrack(ctx, track, offset, width, seen) {
     if (wide <= 0) continue;
     paint(ctx, track, i, x, y, wide, rowHeight);
   }
+  if (columns) {
+    for (const b of columns.used) {
+      if (columns.count[b] > 1) paintColumn(ctx, track, columns, b, left + b * COLUMN, y);
+      else paint(ctx, track, columns.last[b], left + (start[columns.last[b]] - view.start) * k, y, Math.max(columns.time[b] * COLUMN, least), rowHeight);
+    }
+  }
   ctx.globalAlpha = 1;
 }
+
+// -- columns of spans too short to be told apart ----------------------------------------------------------------------
+
+let scratch = { number: 0, models: 0 };
+
+/** Shares of each column's time by model; one set of arrays serves every track. */
+function clearColumns(number) {
+  if (scratch.number < number || scratch.models !== models.size) {
+    const shares = new Float64Array(number * models.size);
+    scratch = { number, models: models.size, shares, count: new Uint32Array(number), last: new Uint32Array(number), time: new Float64Array(number), used: [] };
+  }
+  for (const b of scratch.used) {
+    scratch.count[b] = scratch.time[b] = 0;
+    scratch.shares.fill(0, b * scratch.models, (b + 1) * scratch.models);
+  }
+  scratch.used = [];
+  return scratch;
+}
+
+function addToColumn(columns, b, i, m, share, weight) {
+  if (!columns.count[b]) columns.used.push(b);
+  columns.count[b]++;
+  columns.last[b] = i;
+  columns.time[b] += share;
+  columns.shares[b * columns.models + m] += share * weight;
+}
+
+/** The models of a column one above the other. What takes next to no time is still to be seen. */
+function paintColumn(ctx, track, columns, b, x, y) {
+  const { kind, height } = track, shares = columns.shares.subarray(b * columns.models, (b + 1) * columns.models);
+  let sum = 0;
+  for (const share of shares) sum += share;
+  const least = kind === "switch" ? 0.3 : 0.12, whole = kind === "active" ? 1 : Math.min(Math.max(sum, least), 1);
+  let floor = y + height;
+  for (let m = 0; m < shares.length; m++) {
+    if (!shares[m]) continue;
+    const tall = (shares[m] / sum) * whole * height;
+    floor -= tall;
+    ctx.fillStyle = colors[m];
+    ctx.globalAlpha = alpha(kind) * (chosen >= 0 && chosen !== m ? 0.13 : 1);
+    ctx.fillRect(x, floor, COLUMN, tall);
+  }
+}
+
+const alpha = (kind) => (kind === "active" ? 0.5 : kind === "prefetch" ? 0.6 : 1);
+
+/** How much of its row's height a span takes: a decode bar is as high as its batch is large, against the largest one here. */
+const part = (track, i) => (track.kind === "decode" ? 0.3 + 0.7 * Math.min(track.seqs[i] / track.maxSeqs, 1) : 1);
 
 function paint(ctx, track, i, x, y, wide, rowHeight) {
   const isDim = chosen >= 0 && chosen !== track.model[i];
   ctx.fillStyle = colors[track.model[i]];
-  let top = y + track.level[i] * rowHeight, tall = rowHeight - (track.numRows > 1 ? 1 : 0);
-  if (track.kind === "decode") { // as high as its batch is large, against the largest one here
-    const part = tall * (0.3 + 0.7 * Math.min(track.seqs[i] / track.maxSeqs, 1));
-    top += tall - part;
-    tall = part;
-  }
-  ctx.globalAlpha = (track.kind === "active" ? 0.5 : track.kind === "prefetch" ? 0.6 : 1) * (isDim ? 0.13 : 1);
+  const room = rowHeight - (track.numRows > 1 ? 1 : 0), tall = room * part(track, i), top = y + track.level[i] * rowHeight + room - tall;
+  ctx.globalAlpha = alpha(track.kind) * (isDim ? 0.13 : 1);
   const gap = wide > 4 ? 0.75 : 0; // neighbours of one model stay apart where there is room
   ctx.fillRect(x, top, wide - gap, tall);
   if (track.kind === "active" && wide > 54 && !isDim) label(ctx, names()[track.model[i]], x + 6, y + rowHeight / 2 + 0.5, wide - 12);
@@ -448,7 +503,8 @@ function fillAbout() {
     `${count.toLocaleString("en-US")} spans of ${duration(range.end - range.start)} before ${when.toLocaleString("en-GB")}`;
   const overflows = stage.clientHeight > window.innerHeight - stage.offsetTop;
   $("hint").innerHTML = `${overflows ? "<kbd>ctrl</kbd> + " : ""}scroll to zoom, drag to move, double-click to see all; ` +
-    `<kbd>W</kbd> <kbd>S</kbd> zoom, <kbd>A</kbd> <kbd>D</kbd> move, <kbd>0</kbd> all. A decode bar is as high as its batch is large.`;
+    `<kbd>W</kbd> <kbd>S</kbd> zoom, <kbd>A</kbd> <kbd>D</kbd> move, <kbd>0</kbd> all. A decode bar is as high as its batch is large; ` +
+    `where spans are too short to be told apart, heights are shares of the time.`;
   Object.assign(document.documentElement.dataset, { lanes: lanes.length, spans: count, models: models.size });
 }
 

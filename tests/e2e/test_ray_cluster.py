@@ -62,6 +62,10 @@ async def test_a_mixed_load_gives_the_tokens_of_transformers_while_workers_switc
     assert after["model_switches"] - before.get("model_switches", 0) >= 10
     assert after["kv_transfers_committed"] - before.get("kv_transfers_committed", 0) >= 24
     assert after["kv_transfers_failed"] == 0 and after["kv_stale_moves"] == 0
+    async with httpx.AsyncClient(base_url=url) as client:
+        lanes = (await client.get("/v1/polymux/timeline")).raise_for_status().json()["lanes"]
+    assert [lane["missing"] for lane in lanes] == [None, None, None]
+    assert {"active", "switch", "prefill", "decode", "kv_in", "kv_out"} <= {span[0] for lane in lanes for span in lane["spans"]}
 
 
 async def test_64_streams_at_once_are_correct_and_leave_nothing_behind_over_ten_rounds(url: str) -> None:
