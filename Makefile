@@ -41,6 +41,7 @@ bench: setup  ## every benchmark, results into docs/results/
 	$(BIN)/python bench/stream.py --out docs/results/stream.md
 	$(BIN)/python bench/engine.py --out docs/results/engine.md
 	$(BIN)/python bench/stack.py --out docs/results/stack.md
+	$(BIN)/python bench/switch.py --out docs/results/switch.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -98,7 +98,7 @@ class Load:
         """Every byte is in place and good."""
         return self.ended_s is not None
 
-    def wait(self, num_groups: int | None = None) -> float:
+    def wait(self, num_groups: int | None = None, *, helps: bool = True) -> float:
         """Until the first `num_groups` groups of the manifest are in place, or all; helps meanwhile. Returns the seconds it took.
 
         Raises what the load met: CheckpointError, what the source raised, or ModelLoading after `LOAD_S`.
@@ -109,7 +109,7 @@ class Load:
         with self._changed:
             while not self._has(num_groups):
                 remaining_s = began_s + LOAD_S - self._clock()
-                step = self._claim(num_groups)
+                step = self._claim(num_groups) if helps else None
                 if step is not None:
                     self._changed.release()
                     try:

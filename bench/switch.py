@@ -1,0 +1,394 @@
+"""Switching models: the copy against memcpy, the time to the first decode step, cold starts, and ten thousand switches.
+
+Two checkpoints of random weights in the shape of Qwen2.5-0.5B, with fewer layers, go through a weight store, its socket and an engine whose
+arena holds one of them (or both, for switches between residents). What is compared is measured in turns in one process; medians.
+
+    python bench/switch.py --out docs/results/switch.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import mmap
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers.utils import logging as transformers_logging
+
+from machine import describe
+from polymux.actors.arena import Arena
+from polymux.actors.engine import Engine, EngineSettings
+from polymux.actors.model_runner import ForwardBatch, SequenceSlice
+from polymux.actors.store_client import StoreClient
+from polymux.actors.store_server import StoreServer
+from polymux.actors.weight_store import ModelSource
+from polymux.transport.bulk_copy import TUNABLES, copy_bytes, piece_bytes
+from polymux.transport.messages import ModelSpec
+from polymux.transport.region import Region
+from polymux.transport.units import GIB, KIB, MIB, ModelName
+
+MODELS = Path(__file__).parent.parent / "deploy" / "demo" / "models"
+QWEN25_05B = {
+    "vocab_size": 151_936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+A, B = ModelName("a"), ModelName("b")
+
+
+@dataclass
+class Samples:
+    """Seconds by what was measured."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def time(self, name: str, work: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        work()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - began)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def spread(self, name: str, scale: float = 1e3) -> str:
+        values = [scale * value for value in self.seconds[name]]
+        return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+class Bench:
+    """A store with its socket, and engines over arenas of any size."""
+
+    def __init__(self, paths: dict[ModelName, Path], dtype: str) -> None:
+        self._token = "bench-" + os.urandom(16).hex()
+        self._store = StoreServer(budget_bytes=8 * GIB, layout="auto", token=self._token)
+        self.specs: dict[ModelName, ModelSpec] = {
+            model: self._store.register(ModelSource(model=model, path=str(path), dtype=dtype, max_model_len=256))
+            for model, path in paths.items()
+        }
+
+    def engine(self, num_resident: int) -> Engine:
+        reserve = num_resident * max(spec.weight_bytes for spec in self.specs.values()) + 4 * KIB
+        engine = Engine(Region.create(reserve + 64 * MIB), EngineSettings(weight_reserve_bytes=reserve), self.client())
+        for spec in self.specs.values():
+            engine.add_model(spec)
+        return engine
+
+    def client(self) -> StoreClient:
+        return StoreClient(self._store.address, self._token)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+def step(engine: Engine, model: ModelName) -> int:
+    """One decode step of one sequence: the token."""
+    pool = engine.pool(model)
+    blocks = pool.allocate(1)
+    cut = SequenceSlice(start=0, num_tokens=1, context_len=0, block_ids=blocks)
+    logits = engine.forward(ForwardBatch(token_ids=torch.tensor([1]), slices=(cut,), logits_rows=None))
+    pool.free(blocks)
+    return int(logits.argmax())
+
+
+# ---------------------------------------------------------------- the copy, and the first step
+
+
+def measure_switches(bench: Bench, rounds: int, samples: Samples) -> None:
+    """Per round: memcpy of an image's bytes by one thread, the loader alone, a whole switch, and a switch up to its first token."""
+    engine = bench.engine(1)
+    nbytes = bench.specs[A].weight_bytes
+    twin = warm_copy_of_image(bench, nbytes)
+    target = engine.arena.region.buffer[:nbytes]
+    for model in (A, B):  # both verified, the arena's pages touched
+        engine.activate(model)
+        step(engine, model)
+    for number in range(rounds + 1):
+        into = samples if number else Samples()
+        engine.residency.evict(B)
+        into.time("memcpy", lambda: copy_bytes(target, twin))
+        into.time("loader alone", lambda: load_behind(engine, bench.specs[A]))
+        engine.activate(A)
+        into.time("resident step", lambda: step(engine, A))
+        into.time("switch, whole", lambda: load_all(engine, B))
+        step(engine, B)
+        into.time("switch and first step", lambda: (engine.activate(A), step(engine, A)))
+        load_all(engine, B)
+    engine.close()
+
+
+def warm_copy_of_image(bench: Bench, nbytes: int) -> memoryview:
+    """Shared memory, as an image is, mapped and read once."""
+    fd = os.memfd_create("twin", os.MFD_CLOEXEC)
+    os.ftruncate(fd, nbytes)
+    view = memoryview(mmap.mmap(fd, nbytes))
+    os.close(fd)
+    with bench.client().fetch(A) as image:
+        os.preadv(image.fd, [view], 0)
+    return view
+
+
+def load_behind(engine: Engine, spec: ModelSpec) -> None:
+    """A prefetch with an idle engine: nobody helps."""
+    assert engine.prefetch(spec.model)
+    load = engine.residency.residents[spec.model].load
+    if load is not None:
+        load.wait(helps=False)
+
+
+def load_all(engine: Engine, model: ModelName) -> None:
+    engine.activate(model)
+    load = engine.residency.residents[model].load
+    if load is not None:
+        load.wait()
+    engine.residency.settle()
+
+
+def measure_resident_switches(bench: Bench, count: int, samples: Samples) -> None:
+    engine = bench.engine(2)
+    for model in (A, B):
+        engine.activate(model)
+        step(engine, model)
+    for number in range(count):
+        model = (A, B)[number % 2]
+        samples.time("resident switch", lambda model=model: engine.activate(model))
+    engine.close()
+
+
+# ---------------------------------------------------------------- cold
+
+
+def measure_cold(path: Path, dtype: str, rounds: int, samples: Samples) -> None:
+    """From files that are in no cache to the first token, by each in turn; imports are not counted, nor the first round."""
+    for number in range(rounds + 1):
+        into = samples if number else Samples()
+        for name, work in (("polymux", cold_polymux), ("transformers", cold_transformers), ("safetensors, read only", cold_safetensors)):
+            forget(path)
+            into.time(f"cold {name}", lambda work=work: work(path, dtype))
+            gc.collect()
+
+
+def cold_polymux(path: Path, dtype: str) -> None:
+    bench = Bench({A: path}, dtype)
+    engine = bench.engine(1)
+    engine.activate(A)
+    step(engine, A)
+    engine.close()
+    bench.close()
+
+
+def cold_transformers(path: Path, dtype: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    with torch.inference_mode():
+        model(torch.tensor([[1]])).logits.argmax()
+
+
+def cold_safetensors(path: Path, _dtype: str) -> None:
+    """Map the file and touch each page: the least that any loader must do."""
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                tensors.get_tensor(name).view(-1).view(torch.uint8)[::4096].max()
+
+
+def forget(path: Path) -> None:
+    """Out of the page cache with it, where the system obliges."""
+    for file in path.iterdir():
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- growth
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What must not grow."""
+
+    allocated_bytes: int  # handed out by the C allocator and not given back
+    private_bytes: int  # of the process's resident memory, what is its own: allocator pages that were touched, in use or not
+    num_fds: int
+    weight_spans: int
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, arena: Arena) -> Footprint:
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = _MallInfo
+        gc.collect()
+        libc.malloc_trim(0)
+        heap = libc.mallinfo2()
+        rss = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return cls(
+            allocated_bytes=heap.uordblks + heap.hblkhd,
+            private_bytes=int(rss.split()[1]) * KIB,
+            num_fds=sum(1 for _ in Path("/proc/self/fd").iterdir()),
+            weight_spans=len(arena.weight_spans),
+            weight_bytes=sum(span.nbytes for span in arena.weight_spans),
+        )
+
+
+def measure_growth(count: int, samples: Samples) -> tuple[Footprint, Footprint]:
+    """So many switches that each copy, with a decode step after each, on the demo models; after a fifth as many that warm up."""
+    bench = Bench({A: MODELS / "llama-small", B: MODELS / "qwen3-small"}, "float32")
+    engine = bench.engine(1)
+
+    def work(first: int, last: int) -> None:
+        for number in range(first, last):
+            model = (A, B)[number % 2]
+            engine.activate(model)
+            step(engine, model)
+
+    work(0, 2 * (count // 10))
+    before = Footprint.of(engine.arena)
+    began = time.perf_counter()
+    work(0, 2 * (count // 2))
+    samples.seconds["small switch and step"] = [(time.perf_counter() - began) / count]
+    engine.residency.check()
+    engine.blocks.check()
+    assert engine.blocks.num_out == 0
+    after = Footprint.of(engine.arena)
+    engine.close()
+    bench.close()
+    return before, after
+
+
+# ---------------------------------------------------------------- report
+
+
+@contextmanager
+def checkpoints(layers: int, dtype: str) -> Iterator[dict[ModelName, Path]]:
+    """Two of random weights, tied, with a tokenizer, in folders that go with the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {}
+        for seed, model in enumerate((A, B)):
+            torch.manual_seed(seed)
+            config = Qwen2Config(**QWEN25_05B, num_hidden_layers=layers, tie_word_embeddings=True, max_position_embeddings=4096)
+            torch.set_default_dtype(getattr(torch, dtype))
+            paths[model] = Path(folder) / model
+            AutoModelForCausalLM.from_config(config).save_pretrained(paths[model])
+            torch.set_default_dtype(torch.float32)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(MODELS / "qwen3-small" / name, paths[model])
+        yield paths
+
+
+def report(args: argparse.Namespace, samples: Samples, nbytes: int, growth: tuple[Footprint, Footprint]) -> tuple[str, dict[str, Any]]:
+    grown = {name: getattr(growth[1], name) - getattr(growth[0], name) for name in Footprint.__dataclass_fields__}
+    speed = {name: nbytes / samples.median(name) / 1e9 for name in ("memcpy", "loader alone", "switch, whole")}
+    figures = {
+        "copy_ratio": round(speed["loader alone"] / speed["memcpy"], 3),
+        "first_step_ms": round(1e3 * samples.median("switch and first step"), 2),
+        "resident_switch_us": round(1e6 * samples.median("resident switch"), 2),
+        "growth_bytes": grown["allocated_bytes"],
+        "growth_rss_bytes": grown["private_bytes"],
+        "cold_vs_transformers": round(samples.median("cold transformers") / samples.median("cold polymux"), 3),
+        "wake_vs_transformers": round(samples.median("cold transformers") / samples.median("switch and first step"), 1),
+    }
+    per_switch_ms = 1e3 * samples.median("small switch and step")
+    text = "\n".join(
+        [
+            "# Switching models",
+            "",
+            f"{describe()}; Qwen2.5-0.5B's shape with {args.layers} layers and random weights, {args.dtype}, image of {nbytes >> 20} MiB, "
+            f"{args.threads} thread(s), pieces of {piece_bytes(nbytes) >> 20} MiB. Medians of {args.rounds} interleaved rounds after one "
+            "that warms up (least to most).",
+            "",
+            "| | ms | GB/s | of memcpy |",
+            "|---|---|---|---|",
+            *(
+                f"| {label} | {samples.spread(name)} | {speed[name]:.1f} | {speed[name] / speed['memcpy']:.2f} |"
+                for name, label in (
+                    ("memcpy", "memcpy of the image's bytes, shared memory to the arena, one thread"),
+                    ("loader alone", "the loader's thread alone: a prefetch, from the call to the last byte"),
+                    ("switch, whole", "a switch, from the call to the last byte: the waiting engine helps"),
+                )
+            ),
+            "",
+            "| | ms |",
+            "|---|---|",
+            f"| a decode step of a resident model | {samples.spread('resident step')} |",
+            f"| a switch from the node's store and its first decode step | {samples.spread('switch and first step')} |",
+            f"| cold: files to the first token, polymux (image built, checked, loaded) | {samples.spread('cold polymux')} |",
+            f"| cold: files to the first token, transformers' from_pretrained | {samples.spread('cold transformers')} |",
+            f"| cold: the files mapped by safetensors, each page touched | {samples.spread('cold safetensors, read only')} |",
+            "",
+            f"A switch between resident models takes {1e6 * samples.median('resident switch'):.1f} µs. After {args.switches} switches "
+            f"between models of 1 MiB, each with a copy and a decode step ({per_switch_ms:.2f} ms together), the process had allocated "
+            f"{grown['allocated_bytes']} bytes more and touched {grown['private_bytes']} bytes more of its own; it had {grown['num_fds']} "
+            f"descriptors more, and its arena {grown['weight_spans']} ranges more.",
+            "",
+            "`copy_ratio` is of the loader alone, one thread against one. `cold_vs_transformers` is above 1 where polymux is faster: it "
+            "packs the weights for this CPU once and copies them, while transformers computes on the mapped file. `wake_vs_transformers` "
+            "compares what a switch costs from then on, the image being in the node's store.",
+            "",
+            "Made by `python bench/switch.py --out docs/results/switch.md`.",
+            "",
+        ]
+    )
+    return text, figures
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cold-rounds", type=int, default=3)
+    parser.add_argument("--switches", type=int, default=10_000)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    for name in ("layers", "threads", "rounds", "cold_rounds", "switches"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if any(os.environ.get(name) is None for name in TUNABLES):  # as in a worker; read once, at a process's start
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNABLES})
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    samples = Samples()
+    with checkpoints(args.layers, args.dtype) as paths:
+        bench = Bench(paths, args.dtype)
+        nbytes = bench.specs[A].weight_bytes
+        measure_switches(bench, args.rounds, samples)
+        measure_resident_switches(bench, 2000, samples)
+        bench.close()
+        measure_cold(paths[A], args.dtype, args.cold_rounds, samples)
+    text, figures = report(args, samples, nbytes, measure_growth(args.switches, samples))
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
