@@ -19,6 +19,7 @@ from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
 from polymux.actors.sampler import SampledToken, SamplerState, sample_each
+from polymux.actors.turns import switch_left_s
 from polymux.actors.updates import token_update
 from polymux.disagg.prefill import PrefillPolicy, PrefillStep
 from polymux.disagg.views import PrefillView, PromptView
@@ -195,13 +196,10 @@ class PrefillRole:
                 due_at_s=job.due_at_s,
                 tpot_slo_s=job.command.tpot_slo_s,
                 prefill_s=self._meter.predict_prefill_s(job.spec.model, [(job.num_done, job.num_tokens - job.num_done)]),
-                switch_s=self._switch_s(job.spec),
+                switch_s=switch_left_s(self._engine, self._meter, job.spec.model),
             )
             for job in self._ready()
         )
-
-    def _switch_s(self, spec: ModelSpec) -> float:
-        return 0.0 if spec.model in self._engine.residency.residents else self._meter.predict_switch_s(spec.weight_bytes)
 
     def run(self, step: PrefillStep, on_switch: Callable[[], None] = lambda: None) -> None:
         """One forward pass over these chunks; `on_switch` is called where it needs a switch, and that is done. An error ends their jobs."""

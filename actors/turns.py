@@ -39,6 +39,17 @@ def by_model(running: Iterable[Sequence], prompts: Iterable[PromptView]) -> dict
     return work
 
 
+def switch_left_s(engine: Engine, meter: Meter, model: ModelName) -> float:
+    """Predicted seconds until its first step could start: 0 when its weights are there, the rest when they are on their way."""
+    resident = engine.residency.residents.get(model)
+    if resident is not None and resident.load is None:
+        return 0.0
+    switch_s = meter.predict_switch_s(engine.spec(model).weight_bytes)
+    if resident is None or resident.load is None:
+        return switch_s
+    return max(switch_s - (engine.clock() - resident.load.began_s), 0.0)
+
+
 class Turns:
     """Ask `current` before every step, and `phase` where its model has work of both kinds. Belongs to the engine thread."""
 
@@ -83,7 +94,10 @@ class Turns:
         self._has_news = True
 
     def _can_prefetch(self, models: Iterable[ModelName]) -> bool:
-        """Whether the weights of any two of them fit beside each other."""
+        """Whether any two of their weights fit beside each other, and what was named for prefetch last is there or on its way."""
+        named = self._turn.prefetch if self._turn is not None else None
+        if named is not None and named not in self._engine.residency.residents:
+            return False
         largest = sorted((self._engine.spec(model).weight_bytes for model in models), reverse=True)[:2]
         return sum(largest) <= self._engine.arena.weight_reserve_bytes
 
@@ -131,16 +145,15 @@ class Turns:
     def _batch(self, model: ModelName, work: Work) -> BatchView:
         num_seqs = len(work.running) + len(work.prompts)
         kv_tokens = sum(s.num_cached for s in work.running) + sum(prompt.num_tokens for prompt in work.prompts)
-        is_resident = model in self._engine.residency.residents
         dues = [Due(s.due_s, s.command.tpot_slo_s, s.is_kept) for s in work.running]
-        dues += [Due(prompt.due_at_s, prompt.tpot_slo_s) for prompt in work.prompts]
+        dues += [Due(prompt.due_at_s, prompt.tpot_slo_s, is_prompt=True) for prompt in work.prompts]
         return BatchView(
             model=model,
             num_seqs=num_seqs,
             kv_tokens=kv_tokens,
             step_s=self._decode_s(model, num_seqs, kv_tokens),
             tpot_slo_s=min(due.every_s for due in dues),
-            switch_s=0.0 if is_resident else self._meter.predict_switch_s(self._engine.spec(model).weight_bytes),
+            switch_s=switch_left_s(self._engine, self._meter, model),
             prefill_s=sum(prompt.prefill_s for prompt in work.prompts),
             dues=tuple(dues),
         )

@@ -84,9 +84,9 @@ class WorkerSettings:
     store_address: str
     host: str = "127.0.0.1"
     num_threads: int = 1
-    prefill_policy: str = "grouped_fcfs"  # of `disagg.prefill`
+    prefill_policy: str = "deadline"  # of `disagg.prefill`
     prefill_settings: tuple[tuple[str, float], ...] = ()
-    decode_policy: str = "wrr"  # of `disagg.multiplex`
+    decode_policy: str = "slack"  # of `disagg.turn_policies`
     decode_settings: tuple[tuple[str, float], ...] = ()
     kv: KVSettings = field(default_factory=KVSettings)
     keep_s: float = KEEP_S  # how long a sequence that was given up here waits with its KV for the worker that goes on

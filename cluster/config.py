@@ -75,8 +75,8 @@ class EngineConfig(Section):
 
 
 class PoliciesConfig(Section):
-    prefill: str = Field(default="grouped_fcfs", description="which prompts are computed next")
-    decode: str = Field(default="wrr", description="which model's turn it is")
+    prefill: str = Field(default="deadline", description="which prompts are computed next")
+    decode: str = Field(default="slack", description="which model's turn it is")
     max_group_size: int = Field(default=8, ge=1, le=1024, description="prompts of one model computed in a row while others wait")
     max_quota_s: Seconds = Field(default=4.0, description="longest turn of one model while others wait")
 

@@ -8,6 +8,7 @@ that a turn takes, is the batch's urgency (the apparent tardiness cost rule of V
 
 - `turn_s` is one step of a resident model, and at least its switch for one that is not: so the resident one is preferred by what a switch
   costs, a large batch costs what it is measured to cost, and with free switches the rule decides nearly step by step.
+- A prompt's first token takes the prefill of its batch's prompts besides.
 - `catch_up_s` is what a late sequence needs until its tokens are on time again. One that is hopelessly late does not drag the others down,
   one that needs a few steps is saved. A request that has been on time so far is worth more: its whole answer is at stake.
 - `horizon` is in proportion to a round of such turns: slack far beyond a round is worth little now.
@@ -120,13 +121,14 @@ class Slack:
 
     def _urgency(self, batch: BatchView, turn_s: float, horizon_s: float, ready_s: float) -> float:
         losses = []
-        for at_s, every_s, is_kept in batch.dues:
-            slack_s = at_s - ready_s
+        for at_s, every_s, is_kept, is_prompt in batch.dues:
+            prefill_s = batch.prefill_s if is_prompt else 0.0
+            slack_s = at_s - ready_s - prefill_s
             if slack_s >= 0:
-                losses.append((self.kept_worth if is_kept else 1.0) / every_s * exp(-slack_s / horizon_s) / turn_s)
+                losses.append((self.kept_worth if is_kept else 1.0) / every_s * exp(-slack_s / horizon_s) / (turn_s + prefill_s))
             else:
                 gain_s = max(every_s - batch.step_s, 0.1 * every_s)  # on its deadlines, with each step
-                losses.append(1.0 / every_s / (turn_s - slack_s * batch.step_s / gain_s))
+                losses.append(1.0 / every_s / (turn_s + prefill_s - slack_s * batch.step_s / gain_s))
         return fsum(losses)
 
     def _target(

@@ -22,6 +22,7 @@ class Due(NamedTuple):
     at_s: float
     every_s: float
     is_kept: bool = True  # every token so far was on time
+    is_prompt: bool = False  # its prompt is computed first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
