@@ -116,7 +116,7 @@ class Slack:
         exposed = 0.0 if view.can_prefetch else 1.0
         look_s = LOOK * min((b.switch_s for b in view.batches if b.switch_s > 0), default=0.0)
         turns_s = {b.model: max(b.step_s, b.switch_s, look_s) + exposed * b.switch_s for b in view.batches}
-        horizon_s = self.horizon_rounds * fsum(turns_s.values())
+        horizon_s = self.horizon_rounds * fsum(turns_s[b.model] + b.prefill_s for b in view.batches)
         return {b.model: self._urgency(b, turns_s[b.model], horizon_s, view.now_s + b.switch_s + b.step_s) for b in view.batches}
 
     def _urgency(self, batch: BatchView, turn_s: float, horizon_s: float, ready_s: float) -> float:

@@ -80,7 +80,8 @@ rows = st.lists(
 
 
 def drawn(found: list[tuple[ModelName, float, float, float, int]]) -> list[PromptView]:
-    return [prompt(i, m, due_s=d, prefill_s=p, switch_s=s, num_tokens=n) for i, (m, d, p, s, n) in enumerate(found)]
+    switches_s = {model: switch_s for model, _, _, switch_s, _ in found}
+    return [prompt(i, m, due_s=d, prefill_s=p, switch_s=switches_s[m], num_tokens=n) for i, (m, d, p, _, n) in enumerate(found)]
 
 
 @settings(deadline=None)

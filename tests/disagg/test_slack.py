@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -89,6 +90,13 @@ def test_a_request_on_time_so_far_goes_before_one_that_has_missed_a_token() -> N
 
 def test_the_looser_deadline_class_waits_for_the_tighter() -> None:
     assert next_turn(batch("a", 0.3, tpot_slo_s=1.0), batch("b", 0.3, tpot_slo_s=0.05)).model == B
+
+
+def test_a_prompt_is_weighed_with_the_time_of_its_prefill() -> None:
+    dues = (Due(1.0, 0.1, is_prompt=True),)
+    new = BatchView(model=B, num_seqs=1, kv_tokens=16, step_s=0.01, tpot_slo_s=0.1, switch_s=0.0, prefill_s=0.9, dues=dues)
+    assert next_turn(batch("a", 0.5), new).model == A
+    assert next_turn(batch("a", 0.5), replace(new, prefill_s=0.01, dues=(Due(0.3, 0.1, is_prompt=True),))).model == B
 
 
 def test_without_a_word_on_deadlines_turns_still_change() -> None:
