@@ -1,12 +1,14 @@
 """Prefill or decode: which kind of work a worker that has both steps next.
 
-Asked at every step. A prefill makes a user's first token and brings a batch a member, a decode step serves a whole batch: so a prefill
-goes first while the batch can spare its time, and where only one of the two can be on time, the one that makes more tokens a second.
+Asked at every step. A prefill makes a user's first token and brings a batch a member, so it goes first while the batch can spare its time;
+a batch that cannot, or is late, goes before a prompt that has time; and where only one of the two can be on time, the one that makes more
+tokens a second.
 """
 
 from __future__ import annotations
 
 import enum
+from math import inf
 
 from polymux.disagg.views import PhaseView, WorkView
 
@@ -39,7 +41,7 @@ def _takes_s(work: WorkView) -> float:
 
 
 def _is_on_time(work: WorkView, start_s: float) -> bool:
-    return start_s + _takes_s(work) <= work.due_at_s
+    return start_s + _takes_s(work) <= work.due_at_s < inf
 
 
 def _rate(work: WorkView, now_s: float) -> float:

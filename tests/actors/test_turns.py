@@ -163,5 +163,5 @@ def test_in_a_turn_the_phase_whose_token_would_be_late_comes_first(engine: Engin
     prompt = PromptView(
         sequence_id=SequenceId("new"), model=A, order=2, num_tokens=20, num_done=0, due_at_s=109.0, tpot_slo_s=0.1, prefill_s=0.5
     )
-    assert turns.phase(A, Work([running("late", A, clock, due_in_s=0.005)], [prompt])) is Phase.DECODE
+    assert turns.phase(A, Work([running("late", A, clock, due_in_s=0.002)], [prompt])) is Phase.DECODE
     assert turns.phase(A, Work([running("early", A, clock, due_in_s=9.0)], [prompt])) is Phase.PREFILL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,11 @@ def test_a_prefill_goes_first_while_the_batch_can_spare_its_time() -> None:
 
 def test_a_batch_without_credit_goes_before_a_prompt_that_has_time() -> None:
     assert choose(work(5.0, step_s=0.2), work(0.1)) is Phase.DECODE
+
+
+def test_a_late_batch_goes_before_a_prompt_that_has_time_and_not_before_one_that_has_not() -> None:
+    assert choose(work(5.0, step_s=0.2), work(inf)) is Phase.DECODE
+    assert choose(work(0.02, step_s=0.015), work(inf)) is Phase.PREFILL
 
 
 def test_a_switch_counts_as_time_that_the_batch_must_spare() -> None:
