@@ -50,6 +50,10 @@ class WorkerActor:
         return self._started.report()
 
     @ray.method
+    def move(self, model: ModelName | None) -> None:
+        self._started.move(model)
+
+    @ray.method
     def timeline(self, look: LookBack) -> WorkerTimeline:
         return self._started.timeline(look)
 

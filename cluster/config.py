@@ -60,6 +60,9 @@ class PoolConfig(Section):
 class PoolsConfig(Section):
     prefill: PoolConfig = Field(default=PoolConfig(), description="workers that compute prompts")
     decode: PoolConfig = Field(default=PoolConfig(), description="workers that make the tokens after the first")
+    split: Literal["fixed", "auto"] = Field(
+        default="fixed", description="auto: every worker may do both, and changes sides with the load, without being drained"
+    )
 
 
 class EngineConfig(Section):
@@ -79,6 +82,7 @@ class PoliciesConfig(Section):
     decode: str = Field(default="slack", description="which model's turn it is")
     max_group_size: int = Field(default=8, ge=1, le=1024, description="prompts of one model computed in a row while others wait")
     max_quota_s: Seconds = Field(default=4.0, description="longest turn of one model while others wait")
+    rebalance: bool = Field(default=True, description="move a model's batch to another decode worker, KV and all, where that pays")
 
     @model_validator(mode="after")
     def _known(self) -> Self:

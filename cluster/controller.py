@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from polymux.cluster import snapshots
 from polymux.cluster.books import DecodeBook, PrefillBook, Promise
@@ -12,14 +12,16 @@ from polymux.cluster.config import ClusterConfig
 from polymux.cluster.ledger import Ledger, PlacedSequence, Request
 from polymux.cluster.pool import Able, Pool
 from polymux.cluster.registry import Registry
-from polymux.cluster.snapshots import ModelRecord
+from polymux.cluster.snapshots import ModelRecord, both_roles
+from polymux.cluster.steering import Steering
 from polymux.cluster.topology import Expired, Stats, Topology
 from polymux.disagg.admission import AdmissionLimits, Verdict, decide
+from polymux.disagg.balance import BatchMove
 from polymux.disagg.dispatch import choose_decode, choose_prefill
 from polymux.disagg.slo import SLO
 from polymux.disagg.views import AskView, DoorView
 from polymux.transport.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, Overloaded, PolymuxError, StaleEpoch
-from polymux.transport.messages import Admit, Joined, ModelSpec, Placement, Release, Reported, WorkerHello, WorkerReport
+from polymux.transport.messages import Admit, Joined, ModelLoad, ModelSpec, Placement, Release, Reported, WorkerHello, WorkerReport
 from polymux.transport.prefix import MAX_PROMPT_MARKS
 from polymux.transport.units import ClientId, Epoch, ModelName, SequenceId, WorkerId, unpack_ids
 
@@ -57,6 +59,7 @@ class Controller:
         self._registry = Registry(max_models=config.limits.max_models)
         self._records: dict[ModelName, ModelRecord] = {}
         self._pool = Pool(config)
+        self._steering = Steering(config, self._pool)
         self._ledger = Ledger()
         self._outcomes: Counter[str] = Counter()
 
@@ -111,7 +114,7 @@ class Controller:
         if book is None or book.peer.epoch != report.epoch:
             present = f"its present one is {book.peer.epoch}" if book else "no such worker is alive"
             raise StaleEpoch(f"worker {report.worker_id} reports for epoch {report.epoch}, {present}; join again")
-        self._pool.report(book, report, self._clock())
+        self._pool.report(report, self._clock())
         return Reported(lease_s=self._config.liveness.worker_lease_s, catalogue=self._registry.catalogue)
 
     def lost(self, worker_id: WorkerId, epoch: Epoch | None = None) -> bool:
@@ -131,7 +134,8 @@ class Controller:
 
         The same ask again gives the same placement. With `excluded`, or where a worker was lost since, the sequences that were there are
         placed anew and the others stay: that is a replay, and it is never refused for load. Excluded workers are used again only
-        where no other is alive. An id that another client holds, or that had another shape, is InvalidRequest.
+        where no other is alive. Sequences in `moving` get another decode worker, and no prefill: their KV is handed over. An id that
+        another client holds, or that had another shape, is InvalidRequest.
         """
         now_s = self._clock()
         try:
@@ -195,14 +199,38 @@ class Controller:
         old = request.ask
         if (old.client_id, old.model, old.num_sequences) != (ask.client_id, ask.model, ask.num_sequences):
             raise InvalidRequest(f"request id {ask.request_id!r} is in use for another request; choose a new one", param="request_id")
-        moved = [i for i, sequence in enumerate(request.sequences) if sequence.must_move(ask.excluded)]
-        if not moved:
+        moving = [i for i in sorted(set(ask.moving)) if 0 <= i < len(request.sequences)]
+        lost = [i for i, sequence in enumerate(request.sequences) if i not in moving and sequence.must_move(ask.excluded)]
+        if not moving and not lost:
             return
         able = self._able(self._registry.get(ask.model))
-        for i in moved:
+        for i in moving:
+            self._place_moving(request, ask, i, able, now_s)
+            self._outcomes["moved"] += 1
+        for i in lost:
             request.sequences[i].end()
-        self._place(request, ask, moved, able, now_s)
-        self._outcomes["replayed"] += 1
+        if lost:
+            self._place(request, ask, lost, able, now_s)
+            self._outcomes["replayed"] += 1
+
+    def _place_moving(self, request: Request, ask: Admit, number: int, able: Able, now_s: float) -> None:
+        """Another decode worker, to which the present one hands the KV over; the prefill is done."""
+        sequence = request.sequences[number]
+        old = sequence.decode.hello.worker_id
+        view = self._ask_view(request, replace(ask, excluded=(*ask.excluded, old)))
+        headed = self._steering.headed(ask.model, old)
+        decodes = [book.view() for book in able.decode]
+        quota_s = self._config.policies.max_quota_s
+        chosen = choose_decode(view, [one for one in decodes if one.worker_id == headed], max_quota_s=quota_s)
+        chosen = chosen or choose_decode(view, decodes, max_quota_s=quota_s)
+        chosen = chosen or choose_decode(_unrestricted(view), decodes, max_quota_s=quota_s)
+        assert chosen is not None
+        sequence.decode.end(sequence.sequence_id)
+        sequence.decode = self._pool.decode[chosen.worker_id]
+        num_tokens = ask.num_prompt_tokens + view.num_output_tokens
+        sequence.decode.promise(
+            sequence.sequence_id, Promise(now_s, ask.model, ask.num_prompt_tokens, num_tokens, view.kv_bytes, view.tpot_slo_s)
+        )
 
     def _check(self, ask: Admit) -> None:
         limit = self._config.limits.max_choices
@@ -220,6 +248,8 @@ class Controller:
 
     def _able(self, spec: ModelSpec) -> Able:
         """The workers for a model. Raises Overloaded when a role has none alive, OutOfMemory when none of them is large enough."""
+        if not (self._pool.prefill and self._pool.decode):
+            self._steering.split(self._clock())  # where roles follow the load, whoever is alive takes both
         able = self._pool.able(spec)
         for role, alive, large in (("prefill", self._pool.prefill, able.prefill), ("decode", self._pool.decode, able.decode)):
             if not alive:
@@ -234,20 +264,7 @@ class Controller:
 
     def _place(self, request: Request, ask: Admit, numbers: Iterable[int], able: Able, now_s: float) -> _Forecast:
         """Choose both workers of these sequences, one after another, and book each before the next is chosen."""
-        record = self._records[ask.model]
-        num_output_tokens = max(1, min(ask.max_tokens, round(record.mean_output_tokens)))
-        num_tokens = ask.num_prompt_tokens + num_output_tokens
-        view = AskView(
-            model=ask.model,
-            num_prompt_tokens=ask.num_prompt_tokens,
-            num_output_tokens=num_output_tokens,
-            tpot_slo_s=request.slo.tpot_s,
-            kv_bytes=record.spec.kv.num_blocks(num_tokens) * record.block_bytes,
-            weight_bytes=record.spec.weight_bytes,
-            excluded=self._pool.stalled.union(ask.excluded) if ask.excluded else self._pool.stalled,
-            prefix_marks=tuple(unpack_ids(ask.prefix_hashes[: MAX_PROMPT_MARKS * 4])),
-            block_size=record.spec.kv.block_size,
-        )
+        view = self._ask_view(request, ask)
         forecast: _Forecast | None = None
         for number in numbers:
             sequence_id = SequenceId(f"{ask.request_id}/{number}")
@@ -261,6 +278,22 @@ class Controller:
             forecast.ttft_s, forecast.switch_s = max(forecast.ttft_s, found.ttft_s), max(forecast.switch_s, found.switch_s)
         assert forecast is not None
         return forecast
+
+    def _ask_view(self, request: Request, ask: Admit) -> AskView:
+        record = self._records[ask.model]
+        num_output_tokens = max(1, min(ask.max_tokens, round(record.mean_output_tokens)))
+        num_tokens = ask.num_prompt_tokens + num_output_tokens
+        return AskView(
+            model=ask.model,
+            num_prompt_tokens=ask.num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
+            tpot_slo_s=request.slo.tpot_s,
+            kv_bytes=record.spec.kv.num_blocks(num_tokens) * record.block_bytes,
+            weight_bytes=record.spec.weight_bytes,
+            excluded=self._pool.stalled.union(ask.excluded) if ask.excluded else self._pool.stalled,
+            prefix_marks=tuple(unpack_ids(ask.prefix_hashes[: MAX_PROMPT_MARKS * 4])),
+            block_size=record.spec.kv.block_size,
+        )
 
     def _place_one(self, sequence_id: SequenceId, ask: AskView, able: Able, now_s: float) -> tuple[PrefillBook, DecodeBook, _Forecast]:
         prefills = [book.view() for book in able.prefill]
@@ -279,6 +312,7 @@ class Controller:
         source.promise(sequence_id, Promise(*claim, busy_s=prefill.prefill_s + prefill.switch_s))
         source.expect(ask.prefix_marks)
         target.promise(sequence_id, Promise(*claim))
+        self._steering.arrived(prefill.prefill_s + prefill.switch_s, now_s)
         return source, target, forecast
 
     def release(self, release: Release) -> bool:
@@ -328,6 +362,29 @@ class Controller:
         is_orphaned = orphan_s is not None and now_s - self._called_at_s > orphan_s
         return Expired(workers=workers, clients=tuple(clients), requests=(*gone, *overdue), is_orphaned=is_orphaned)
 
+    # -- roles and moves ----------------------------------------------------------------------------------------------
+
+    def steer(self) -> BatchMove | None:
+        """Give roles as the load wants them, and name the batch that should move now, if any. Call it about once a second."""
+        return self._steering.steer(self._records.values(), self._clock())
+
+    def drain(self, worker_id: WorkerId) -> None:
+        """Give a worker nothing more, so that it may stop. Raises InvalidRequest for one that nobody could stand in for."""
+        self._steering.drain(worker_id, self._clock())
+
+    def undrain(self, worker_id: WorkerId) -> None:
+        """It stays after all, in the role of its hello."""
+        self._steering.undrain(worker_id)
+
+    def is_drained(self, worker_id: WorkerId) -> bool:
+        """Whether a worker has nothing left, as far as its last report and what was placed since say. One that is gone has nothing."""
+        member = self._pool.members.get(worker_id)
+        if member is None:
+            return True
+        report = member.main.reported
+        is_told = not member.prefill.unsettled and not member.decode.unsettled
+        return is_told and report is not None and not report.num_blocks_out and all(_is_idle(load) for load in both_roles(report))
+
     # -- what it shows ------------------------------------------------------------------------------------------------
 
     def topology(self) -> Topology:
@@ -352,12 +409,17 @@ class Controller:
         """Assert that the books agree with each other."""
         self._ledger.check()
         placed = {sequence.sequence_id: sequence for request in self._ledger for sequence in request.sequences}
-        for book in self._pool.books():
-            book.check()
-            assert not book.is_lost
-            assert book.placed.keys() <= placed.keys()
+        for member in self._pool.members.values():
+            for book in (member.prefill, member.decode):
+                book.check()
+                assert not book.is_lost
+                assert book.placed.keys() <= placed.keys()
         for model, record in self._records.items():
             assert record.num_inflight == sum(request.ask.model == model for request in self._ledger)
+
+
+def _is_idle(load: ModelLoad) -> bool:
+    return not (load.num_waiting or load.num_running)
 
 
 def _unrestricted(ask: AskView) -> AskView:

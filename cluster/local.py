@@ -50,6 +50,9 @@ class LocalHandle:
     async def timeline(self, look: LookBack) -> WorkerTimeline:
         return await self._call(lambda worker: worker.timeline(look))
 
+    async def move(self, model: ModelName | None) -> None:
+        await self._call(lambda worker: worker.move(model))
+
     async def stop(self) -> None:
         if self._starting is not None:
             await asyncio.gather(self._starting, return_exceptions=True)

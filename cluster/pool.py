@@ -29,8 +29,31 @@ class Able:
     max_kv_tokens: int
 
 
+@dataclass(slots=True)
+class Member:
+    """One incarnation of a worker: its books in both roles, and the roles that it is given at present. None: it is drained."""
+
+    prefill: PrefillBook
+    decode: DecodeBook
+    roles: frozenset[Role]
+
+    @property
+    def main(self) -> WorkerBook:
+        """The book to ask where the role does not matter."""
+        return self.prefill if self.roles == {Role.PREFILL} else self.decode
+
+    @property
+    def role(self) -> Role:
+        """The one to show."""
+        return next(iter(self.roles)) if len(self.roles) == 1 else self.main.hello.role
+
+    @property
+    def num_placed(self) -> int:
+        return len(self.prefill.placed.keys() | self.decode.placed.keys())
+
+
 class Pool:
-    """Books of the workers alive, by role and id."""
+    """Books of the workers alive, by role and id. `prefill` and `decode` hold those that have the role at present."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._lease_s = config.liveness.worker_lease_s
@@ -38,6 +61,7 @@ class Pool:
         self._max_num_seqs = config.engine.max_num_seqs
         self.prefill: dict[WorkerId, PrefillBook] = {}
         self.decode: dict[WorkerId, DecodeBook] = {}
+        self.members: dict[WorkerId, Member] = {}
         self.lost: deque[WorkerBook] = deque(maxlen=MAX_LOST)
         self.num_lost = 0
         self.stalled: frozenset[WorkerId] = frozenset()
@@ -48,14 +72,27 @@ class Pool:
         self._able: dict[ModelName, Able] = {}
 
     def __len__(self) -> int:
-        return len(self.prefill) + len(self.decode)
+        return len(self.members)
 
     def books(self) -> Iterator[WorkerBook]:
-        yield from self.prefill.values()
-        yield from self.decode.values()
+        """One of each worker."""
+        return (member.main for member in self.members.values())
 
     def get(self, worker_id: WorkerId) -> WorkerBook | None:
-        return self.prefill.get(worker_id) or self.decode.get(worker_id)
+        member = self.members.get(worker_id)
+        return member.main if member else None
+
+    def assign(self, worker_id: WorkerId, roles: frozenset[Role]) -> None:
+        """Give a worker these roles and no others, from the next placement on; what it has been given stays. None at all: it is drained."""
+        member = self.members[worker_id]
+        if Role.PREFILL in roles - member.roles:
+            member.prefill.learn(self._prefill_costs)
+        if Role.DECODE in roles - member.roles:
+            member.decode.learn(self._decode_costs)
+        member.roles = roles
+        self.prefill = {key: one.prefill for key, one in self.members.items() if Role.PREFILL in one.roles}
+        self.decode = {key: one.decode for key, one in self.members.items() if Role.DECODE in one.roles}
+        self._able.clear()
 
     def add_model(self, spec: ModelSpec) -> None:
         """Make its cost known to every book. A model registered again keeps what was learned."""
@@ -68,10 +105,9 @@ class Pool:
         assert prefill is not None
         assert decode is not None
         self._prefill_costs[spec.model], self._decode_costs[spec.model] = prefill, decode
-        for prefill_book in self.prefill.values():
-            prefill_book.learn({spec.model: prefill})
-        for decode_book in self.decode.values():
-            decode_book.learn({spec.model: decode})
+        for member in self.members.values():
+            member.prefill.learn({spec.model: prefill})
+            member.decode.learn({spec.model: decode})
 
     def add(self, hello: WorkerHello, epoch: Epoch, now_s: float) -> None:
         """A worker joins. Raises ConfigError for a hello without id or arena, Overloaded when there are too many."""
@@ -80,40 +116,38 @@ class Pool:
         if len(self) >= MAX_WORKERS:
             raise Overloaded(f"{len(self)} workers are alive, and no more than {MAX_WORKERS} may be")
         lease_s, weight_bytes = self._lease_s, self._weight_bytes
-        if hello.role is Role.PREFILL:
-            costs = dict(self._prefill_costs)
-            self.prefill[hello.worker_id] = PrefillBook(hello, epoch, costs, weight_bytes, now_s=now_s, lease_s=lease_s)
-        else:
-            costs, max_num_seqs = dict(self._decode_costs), self._max_num_seqs
-            self.decode[hello.worker_id] = DecodeBook(
-                hello, epoch, costs, weight_bytes, now_s=now_s, lease_s=lease_s, max_num_seqs=max_num_seqs
-            )
-        self._able.clear()
+        self.members[hello.worker_id] = Member(
+            PrefillBook(hello, epoch, dict(self._prefill_costs), weight_bytes, now_s=now_s, lease_s=lease_s),
+            DecodeBook(hello, epoch, dict(self._decode_costs), weight_bytes, now_s=now_s, lease_s=lease_s, max_num_seqs=self._max_num_seqs),
+            frozenset(),
+        )
+        self.assign(hello.worker_id, frozenset({hello.role}))
 
     def remove(self, worker_id: WorkerId) -> bool:
-        """A worker is lost. Its book stays with the requests that were there, until they are placed anew or end."""
-        book = self.prefill.pop(worker_id, None) or self.decode.pop(worker_id, None)
-        if book is None:
+        """A worker is lost, or was drained. Its books stay with the requests that were there, until they are placed anew or end."""
+        member = self.members.pop(worker_id, None)
+        if member is None:
             return False
-        book.is_lost = True
+        self.prefill.pop(worker_id, None)
+        self.decode.pop(worker_id, None)
+        member.prefill.is_lost = member.decode.is_lost = True
+        book = member.main
         self.lost.append(book)
-        self.num_lost += 1
+        self.num_lost += bool(member.roles)
         self.stalled -= {worker_id}
         self.retired.update(counters_of(book))
         self._able.clear()
         return True
 
-    def report(self, book: WorkerBook, report: WorkerReport, now_s: float) -> None:
-        is_prefill = isinstance(book, PrefillBook)
-        known = self._prefill_costs if is_prefill else self._decode_costs
-        learned: dict[ModelName, Coefficients] = {}
-        for cost in report.costs:
-            coefficients = _three(cost.prefill if is_prefill else cost.decode)
-            if cost.model in known and coefficients is not None:
-                learned[cost.model] = known[cost.model] = coefficients
-        if learned:
-            book.learn(learned)
-        book.report(report, now_s=now_s, lease_s=self._lease_s)
+    def report(self, report: WorkerReport, now_s: float) -> None:
+        """Of a worker that is alive, in its present incarnation."""
+        member = self.members[report.worker_id]
+        if Role.PREFILL in member.roles:
+            _learn(member.prefill, self._prefill_costs, {cost.model: cost.prefill for cost in report.costs})
+        if Role.DECODE in member.roles:
+            _learn(member.decode, self._decode_costs, {cost.model: cost.decode for cost in report.costs})
+        member.prefill.report(report, now_s=now_s, lease_s=self._lease_s)
+        member.decode.report(report, now_s=now_s, lease_s=self._lease_s)
         is_stalled = report.last_step_age_s is not None and report.last_step_age_s > self._stall_s
         self.stalled = self.stalled | {report.worker_id} if is_stalled else self.stalled - {report.worker_id}
 
@@ -134,6 +168,14 @@ class Pool:
 
 def counters_of(book: WorkerBook) -> Mapping[str, float]:
     return dict(book.reported.counters[:MAX_COUNTERS]) if book.reported else {}
+
+
+def _learn(book: WorkerBook, known: dict[ModelName, Coefficients], reported: Mapping[ModelName, tuple[float, ...]]) -> None:
+    """What a worker measured is its own cost, and the guess for workers that come."""
+    found = {model: three for model, cost in reported.items() if model in known and (three := _three(cost)) is not None}
+    if found:
+        known.update(found)
+        book.learn(found)
 
 
 def _three(coefficients: tuple[float, ...]) -> Coefficients | None:

@@ -19,7 +19,7 @@ from polymux.cluster.sizing import num_threads, store_bytes
 from polymux.cluster.supervisor import Supervisor, WorkerHandle
 from polymux.transport.errors import PeerLost, PolymuxError, WorkerLost
 from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport, WorkerTimeline
-from polymux.transport.units import ClientId, Epoch, ModelName
+from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
 
 NAMESPACE = "polymux"
 CPU_SHARE = 0.8  # of the cluster's CPUs that workers reserve where the configuration does not say; front doors need some
@@ -61,6 +61,9 @@ class RayHandle:
     async def timeline(self, look: LookBack) -> WorkerTimeline:
         timeline: WorkerTimeline = await call(self.actor.timeline.remote(look))
         return timeline
+
+    async def move(self, model: ModelName | None) -> None:
+        await call(self.actor.move.remote(model))
 
     async def stop(self) -> None:
         """Ask, then make sure: a frozen process is killed all the same."""
@@ -201,6 +204,9 @@ class ControllerActor:
     async def timeline(self, look: LookBack) -> dict[str, Any]:
         return await self._supervisor.timeline(look)
 
+    async def drain(self, worker_id: WorkerId, timeout_s: float) -> None:
+        await self._supervisor.drain(worker_id, timeout_s)
+
     async def add_model(self, model: ModelConfig) -> ModelSpec:
         return await self._supervisor.add_model(model)
 
@@ -234,11 +240,15 @@ class RayControlPlane:
         timeline: dict[str, Any] = await self._call(self._actor.timeline.remote(look))
         return timeline
 
-    async def _call(self, reference: Awaitable[T]) -> T:
+    async def drain(self, worker_id: WorkerId, timeout_s: float) -> None:
+        await self._call(self._actor.drain.remote(worker_id, timeout_s), timeout_s + self._deadline_s)
+
+    async def _call(self, reference: Awaitable[T], deadline_s: float | None = None) -> T:
+        deadline_s = deadline_s or self._deadline_s
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(deadline_s):
                 return await call(reference)
         except WorkerLost as error:
             raise PeerLost("the controller is gone; it is started again with the next front door") from error
         except TimeoutError:
-            raise PeerLost(f"the controller did not answer within {self._deadline_s:.0f} s") from None
+            raise PeerLost(f"the controller did not answer within {deadline_s:.0f} s") from None

@@ -58,6 +58,7 @@ def worker_settings(
         prefill_settings=(("max_group_size", policies.max_group_size),),
         decode_policy=policies.decode,
         decode_settings=(("max_quota_s", policies.max_quota_s),),
+        keep_s=config.transport.transfer_timeout_s,
         probe_interval_s=config.engine.probe_interval_s,
         kv=KVSettings(backend=config.transport.backend, silence_s=config.transport.transfer_timeout_s),
     )

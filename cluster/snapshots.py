@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from polymux.cluster.books import PrefillBook, WorkerBook
+from polymux.cluster.books import WorkerBook
 from polymux.cluster.pool import Pool, counters_of
 from polymux.cluster.topology import ModelState, ModelStatus, Topology, WorkerState, WorkerStatus
 from polymux.transport.messages import ModelLoad, ModelSpec, WorkerReport
@@ -59,10 +59,13 @@ def _missing(role: str, books: Mapping[WorkerId, WorkerBook], pool: Pool) -> str
 
 def _worker(book: WorkerBook, pool: Pool, now_s: float) -> WorkerStatus:
     hello, report = book.hello, book.reported
+    member = None if book.is_lost else pool.members[hello.worker_id]
     state = WorkerState.STALLED if hello.worker_id in pool.stalled else WorkerState.ALIVE
+    if member is not None and not member.roles:
+        state = WorkerState.DRAINING
     return WorkerStatus(
         worker_id=hello.worker_id,
-        role=hello.role,
+        role=member.role if member else hello.role,
         state=WorkerState.LOST if book.is_lost else state,
         epoch=book.peer.epoch,
         address=hello.address,
@@ -71,8 +74,8 @@ def _worker(book: WorkerBook, pool: Pool, now_s: float) -> WorkerStatus:
         arena_bytes=hello.arena_bytes,
         active_model=report.active_model if report else None,
         loads=_merged(report) if report else (),
-        num_placed=len(book.placed),
-        busy_s=max(0.0, book.busy_until_s - now_s) if isinstance(book, PrefillBook) else 0.0,
+        num_placed=member.num_placed if member else len(book.placed),
+        busy_s=max(0.0, member.prefill.busy_until_s - now_s) if member else 0.0,
         num_free_kv_bytes=report.num_free_kv_bytes if report else 0,
         num_free_host_bytes=report.num_free_host_bytes if report else None,
         num_used_kv_bytes=report.num_used_kv_bytes if report else 0,
@@ -83,10 +86,14 @@ def _worker(book: WorkerBook, pool: Pool, now_s: float) -> WorkerStatus:
     )
 
 
+def both_roles(report: WorkerReport) -> tuple[ModelLoad, ...]:
+    return (*report.loads, *report.prefills)
+
+
 def _merged(report: WorkerReport) -> tuple[ModelLoad, ...]:
     """Both roles' work, one entry a model."""
     found: dict[ModelName, ModelLoad] = {}
-    for load in (*report.loads, *report.prefills):
+    for load in both_roles(report):
         other = found.get(load.model)
         found[load.model] = load if other is None else _sum(load, other)
     return tuple(found[model] for model in sorted(found))

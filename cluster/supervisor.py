@@ -20,7 +20,7 @@ from polymux.cluster.config import ClusterConfig, ModelConfig
 from polymux.cluster.controller import Controller
 from polymux.cluster.sizing import worker_settings
 from polymux.cluster.timelines import gather
-from polymux.transport.errors import StaleEpoch, WorkerLost
+from polymux.transport.errors import DeadlineExceeded, InvalidRequest, PolymuxError, StaleEpoch, WorkerLost
 from polymux.transport.messages import (
     Admit,
     LookBack,
@@ -39,6 +39,8 @@ log = logging.getLogger("polymux.supervisor")
 BOOT_S = 120.0  # for a worker's process to come up
 CALL_S = 30.0  # for any other call to a worker
 STORE_S = 600.0  # for a node's store, which packs every model before its first worker starts
+DRAIN_S = 60.0  # for a worker's sequences to move or end
+DRAIN_STEP_S = 0.1  # between two looks at a worker that is being drained
 IDLE_AFTER = 10  # report intervals without work
 MAX_RESTARTS = 5  # of one worker within RESTART_WINDOW_S; then it stays down
 RESTART_WINDOW_S = 300.0
@@ -52,6 +54,7 @@ class WorkerHandle(Protocol):
     async def add_model(self, spec: ModelSpec) -> None: ...
     async def report(self) -> WorkerReport: ...
     async def timeline(self, look: LookBack) -> WorkerTimeline: ...
+    async def move(self, model: ModelName | None) -> None: ...
     async def stop(self) -> None: ...
 
 
@@ -75,6 +78,7 @@ class _Member:
     handle: WorkerHandle | None = None  # set once it serves every model
     epoch: Epoch | None = None
     restarts: deque[float] = field(default_factory=deque)
+    is_leaving: bool = False  # it is drained, and nobody takes its place
 
     @property
     def worker_id(self) -> WorkerId:
@@ -227,10 +231,29 @@ class Supervisor:
         for member in self._members:
             if member.worker_id in expired.workers:
                 self._lose(member, "its lease is over")
+        self._steer()
         orphan_s = self.config.liveness.orphan_timeout_s
         if expired.is_orphaned and orphan_s is not None and self._clock() - self._serving_since_s > orphan_s:  # the start may take longer
             log.info("supervisor.orphaned")
             self._end()
+
+    def _steer(self) -> None:
+        move = self.controller.steer()
+        if move is not None:
+            log.info("batch.move model=%s source=%s target=%s gain=%.2f", move.model, move.source, move.target, move.gain)
+            self._spawn(self._move(self._member(move.source), move.model))
+
+    async def _move(self, member: _Member | None, model: ModelName | None) -> None:
+        """Ask a worker to give up a model's sequences, or all. One that does not answer loses its lease, not this call's patience."""
+        if member is None or member.handle is None:
+            return
+        try:
+            await _within(member.handle.move(model), self.config.liveness.worker_lease_s, f"the move from worker {member.worker_id}")
+        except PolymuxError as error:
+            log.warning("batch.move_failed worker=%s reason=%s", member.worker_id, error)
+
+    def _member(self, worker_id: WorkerId) -> _Member | None:
+        return next((member for member in self._members if member.worker_id == worker_id), None)
 
     async def _poll(self, member: _Member) -> None:
         """Its report for the books. A silent worker has its lease to come back; one that is not in the books is replaced."""
@@ -253,7 +276,7 @@ class Supervisor:
         log.warning("worker.lost worker=%s reason=%s", member.worker_id, reason)
         self.controller.lost(member.worker_id, member.epoch)
         handle, member.handle = member.handle, None
-        self._spawn(self._restart(member, handle))
+        self._spawn(self._discard(handle) if member.is_leaving else self._restart(member, handle))
 
     async def _restart(self, member: _Member, dead: WorkerHandle) -> None:
         """A new process in the old one's place; a worker that keeps dying stays down, and the log says so."""
@@ -302,6 +325,38 @@ class Supervisor:
     async def timeline(self, look: LookBack) -> dict[str, Any]:
         """What every worker did lately, as plain data (`timelines.py`): they are asked when somebody looks, not with each poll."""
         return await gather({m.worker_id: (m.role, m.handle.timeline if m.handle else None) for m in self._members}, look)
+
+    async def drain(self, worker_id: WorkerId, timeout_s: float = DRAIN_S) -> None:
+        """Empty a worker, then stop it: what runs there moves with its KV, what waits is placed elsewhere, and no client notices.
+
+        Raises InvalidRequest for a worker that is not there or that nobody could stand in for, and DeadlineExceeded, it then goes on as
+        before, when something would not leave it in time.
+        """
+        member = self._member(worker_id)
+        if member is None or member.handle is None or member.is_leaving:
+            raise InvalidRequest(f"worker {worker_id!r} is not serving, or is being drained already", param="worker")
+        self.controller.drain(worker_id)
+        member.is_leaving = True
+        log.info("worker.draining worker=%s", worker_id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while member.handle is not None and not self.controller.is_drained(worker_id):
+                    await self._move(member, None)
+                    await asyncio.sleep(DRAIN_STEP_S)
+                    await self._poll(member)
+        except TimeoutError:
+            member.is_leaving = False
+            self.controller.undrain(worker_id)
+            raise DeadlineExceeded(f"worker {worker_id} still has work after {timeout_s:g} s, and goes on serving") from None
+        except BaseException:
+            member.is_leaving = False
+            self.controller.undrain(worker_id)
+            raise
+        handle, member.handle = member.handle, None
+        self.controller.lost(worker_id, member.epoch)
+        if handle is not None:
+            await self._discard(handle)
+        log.info("worker.drained worker=%s", worker_id)
 
     async def add_model(self, model: ModelConfig) -> ModelSpec:
         """Register a model while serving. Raises CheckpointError or ConfigError, and then no new one is registered anywhere."""

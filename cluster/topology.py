@@ -11,6 +11,7 @@ from polymux.transport.units import Epoch, ModelName, WorkerId
 
 class WorkerState(enum.StrEnum):
     ALIVE = "alive"
+    DRAINING = "draining"  # takes nothing new, and stops once what it has went elsewhere or ended
     STALLED = "stalled"  # reports, but has work and has not stepped for too long
     LOST = "lost"
 
@@ -81,7 +82,7 @@ class Stats:
     num_workers_alive: int
     num_workers_lost: int
     num_blocks_out: int
-    outcomes: dict[str, int]  # admitted | replayed | refused | finished | cancelled | failed | expired | client_lost
+    outcomes: dict[str, int]  # admitted | replayed | moved | refused | finished | cancelled | failed | expired | client_lost
     counters: dict[str, float]  # the sum of workers' counters, by metric name
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
+from polymux.transport.messages import Role
 from polymux.transport.units import BLOCK_SIZE, ModelName, SequenceId, WorkerId
 
 # ---------------------------------------------------------------- decode worker
@@ -220,6 +221,39 @@ class DecodeWorkerView:
     free_kv_bytes: int
     max_num_seqs: int  # in one model's batch
     switch_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleWorkerView:
+    """A worker, as whoever gives roles sees it: its work of both kinds, whatever its roles are now."""
+
+    worker_id: WorkerId
+    roles: frozenset[Role]
+    prefill_s: float  # predicted seconds of prefill given to it and not done
+    decode_load: float  # the share of its time that its decoding sequences' SLOs need
+    num_seqs: int  # that it decodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitView:
+    """Who should prefill, and who decode?"""
+
+    now_s: float
+    workers: tuple[RoleWorkerView, ...]  # any order
+    prefill_rate: float  # predicted seconds of prefill that arrive each second, over all workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BalanceView:
+    """Should a batch move? `workers` are all that decode something, and all of `targets`, which may be given more."""
+
+    now_s: float
+    workers: tuple[DecodeWorkerView, ...]
+    targets: frozenset[WorkerId]
+    token_bytes: Mapping[ModelName, float]  # of KV
+    weight_bytes: Mapping[ModelName, int]
+    transfer_bytes_per_s: float
+    move_s: float = 0.002  # for each sequence: a front door places it anew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from polymux.deploy.metrics import Metrics
 from polymux.transport.errors import (
     Cancelled,
     DeadlineExceeded,
+    Draining,
     NoFreeBlocks,
     Overloaded,
     PolymuxError,
@@ -118,7 +119,7 @@ class OpenRequest:
         self._links.leave(self)
         if self._placer.has_asked:
             self._admission.release(self._release(outcome))
-        self._metrics.replayed(self.generation.model, self._placer.num_moved)
+        self._metrics.replayed(self.generation.model, self._placer.num_replays)
         self._metrics.ended(
             self.generation.model,
             outcome,
@@ -171,6 +172,9 @@ class OpenRequest:
             if update.error is not None:
                 self._worker_failed(choice, update.error)
                 continue
+            if update.moved:
+                self._placer.given_up(choice, update.index)
+                continue
             touched[choice.index] = choice
             last_s = choice.last_token_s
             count = choice.accept(update, now_s)
@@ -181,7 +185,7 @@ class OpenRequest:
                     self._first_token(now_s)
             if choice.finish_reason is not None:
                 self._finished(choice)
-        self._placer.move_lost()
+        self._placer.settle()
         return [delta for choice in touched.values() if (delta := choice.take()) is not None]
 
     def _first_token(self, now_s: float) -> None:
@@ -198,6 +202,8 @@ class OpenRequest:
         error = error_from_name(report.name, report.message, retry_after_s=report.retry_after_s)
         if isinstance(error, TransferError | WorkerLost) and error.retryable:
             self._placer.retry(choice, error)
+        elif isinstance(error, Draining):
+            self._placer.leave(choice, error)
         elif isinstance(error, NoFreeBlocks):
             self.fail(Overloaded(error.message, retry_after_s=error.retry_after_s or 1.0))
         else:
