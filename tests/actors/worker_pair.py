@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,17 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 class Pair:
     """Two workers, a store, and a client that collects tokens."""
 
-    def __init__(self, *, decode_kv_bytes: int, batch_invariant: bool, kv: KVSettings, keep_s: float, host_kv_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        prefill_kv_bytes: int,
+        decode_kv_bytes: int,
+        kv: KVSettings,
+        keep_s: float,
+        host_kv_bytes: int,
+        engine: dict[str, Any],
+    ) -> None:
+        self._engine = engine
         self._keep_s = keep_s
         self._kv = kv
         torch.set_num_threads(1)
@@ -42,18 +53,16 @@ class Pair:
         self._ids = itertools.count()
         self._received: dict[str, asyncio.Queue[SequenceUpdate]] = {}
         reserve = sum(spec.weight_bytes for spec in self.specs.values()) + MIB
-        self.prefill = self._worker(Role.PREFILL, reserve, 16 * MIB, batch_invariant)
-        self.decode = self._worker(Role.DECODE, reserve, decode_kv_bytes, batch_invariant)
+        self.prefill = self._worker(Role.PREFILL, reserve, prefill_kv_bytes)
+        self.decode = self._worker(Role.DECODE, reserve, decode_kv_bytes)
 
-    def _worker(self, role: Role, reserve: int, kv_bytes: int, batch_invariant: bool) -> Worker:
+    def _worker(self, role: Role, reserve: int, kv_bytes: int) -> Worker:
         worker = Worker(
             WorkerSettings(
                 worker_id=WorkerId(role),
                 role=role,
                 arena_bytes=reserve + kv_bytes,
-                engine=EngineSettings(
-                    weight_reserve_bytes=reserve, slab_bytes=128 * KIB, max_num_batched_tokens=48, batch_invariant=batch_invariant
-                ),
+                engine=EngineSettings(weight_reserve_bytes=reserve, slab_bytes=128 * KIB, **{"max_num_batched_tokens": 48, **self._engine}),
                 token=TOKEN,
                 store_address=self.store.address,
                 kv=self._kv,
@@ -87,6 +96,7 @@ class Pair:
         outputs: tuple[int, ...] = (),
         deadline_s: float = 30,
         roles: tuple[Worker, Worker] | None = None,
+        cache_salt: str = "",
     ) -> str:
         """`roles`: who prefills and who decodes."""
         prefill, decode = roles or (self.prefill, self.decode)
@@ -104,6 +114,7 @@ class Pair:
                 ttft_slo_s=10.0,
                 tpot_slo_s=0.1,
                 due_in_s=10.0,
+                cache_salt=cache_salt,
             )
         )
         return sequence_id
@@ -148,18 +159,21 @@ class Pair:
 @asynccontextmanager
 async def running_pair(
     *,
+    prefill_kv_bytes: int = 16 * MIB,
     decode_kv_bytes: int = 16 * MIB,
-    batch_invariant: bool = False,
     kv: KVSettings | None = None,
     keep_s: float = KEEP_S,
     host_kv_bytes: int = 0,
+    **engine: Any,
 ) -> AsyncIterator[Pair]:
+    """`engine`: its settings, other than the pair's own."""
     pair = Pair(
+        prefill_kv_bytes=prefill_kv_bytes,
         decode_kv_bytes=decode_kv_bytes,
-        batch_invariant=batch_invariant,
         kv=kv or KVSettings(),
         keep_s=keep_s,
         host_kv_bytes=host_kv_bytes,
+        engine=engine,
     )
     readers = await pair.connect()
     try:
