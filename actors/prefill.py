@@ -215,7 +215,7 @@ class PrefillRole:
         """Those that hold blocks, which are taken in line: a prompt that lacks some is overtaken by nobody, or short ones would starve it.
 
         A prompt takes all its blocks before its first chunk, so that no two half-done ones wait for each other. One whose next block
-        an older one is about to compute waits for it, and goes on with the cached block.
+        is the same as that of one that is due earlier waits for it, and goes on with the cached block.
         """
         for job in list(self._jobs.values()):
             try:
@@ -228,7 +228,8 @@ class PrefillRole:
             except PolymuxError as error:
                 self._fail(job, error)
         begun: set[bytes] = set()
-        return [job for job in self._jobs.values() if job.block_ids and _is_first(job.next_digest, begun)]
+        ready = sorted((job for job in self._jobs.values() if job.block_ids), key=lambda job: (job.due_at_s, job.place))
+        return [job for job in ready if _is_first(job.next_digest, begun)]
 
     def _take_blocks(self, job: Job) -> None:
         """All that it needs, cached ones first. Raises NoFreeBlocks, and takes none."""
