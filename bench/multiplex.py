@@ -1,10 +1,10 @@
 """Many models on a worker that holds few: token-level multiplexing against switching between requests, real tokens on this CPU.
 
-Twelve models on two workers (one process and one thread each) whose arenas hold about three. The same trace, memory and processes for every
-policy: `slack` and `wrr` multiplex token by token; `request_level` and `request_level_idle` give a worker to one model until its requests end
-(ServerlessLLM's rule as published, and with idle workers first); `static` keeps the models that fit where they are. For each policy and
-trace a search over request rates finds the one at which 90% of the tokens are on time; policies take turns, so that a machine that
-drifts drifts under all of them.
+Twelve models on two workers (one process and one thread each) whose arenas hold about three. The same trace, memory and processes
+for every policy: `slack` and `wrr` multiplex token by token; `request_level` and `request_level_idle` give a worker to one model until
+its requests end (ServerlessLLM's rule as published, and with idle workers first); `static` keeps the models that fit where they are.
+For each policy and trace a search over request rates finds the one at which 90% of the tokens are on time; policies take turns, so
+that a machine that drifts drifts under all of them.
 
     python bench/multiplex.py --out docs/results/multiplex.md
 """

@@ -35,9 +35,8 @@ class Instance:
 
 
 def instances(cluster: Cluster) -> dict[WorkerId, Instance]:
-    """Every pair of a prefill and a decode worker."""
-    by_role = {worker_id.split("-")[0]: peer for worker_id, peer in cluster.peers.items()}
-    return {by_role["decode"].worker_id: Instance(by_role["prefill"], by_role["decode"])}
+    """Every worker, computing both phases."""
+    return {worker_id: Instance(peer, peer) for worker_id, peer in sorted(cluster.peers.items())}
 
 
 class Router:

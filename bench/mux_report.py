@@ -64,14 +64,10 @@ def rates(results: Sequence[Result]) -> dict[str, dict[str, list[float]]]:
 def summary(results: Sequence[Result]) -> dict[str, Any]:
     """`rate_at_90` by policy and trace, means over the seeds; ratios are geometric means over the traces, `worst_*` the least of them."""
     means = {policy: {trace: sum(r) / len(r) for trace, r in traces.items()} for policy, traces in rates(results).items()}
-    best = (
-        {trace: max(means[p].get(trace, 0.0) for p in means if p.startswith("request_level")) for trace in _traces(results)}
-        if any(policy.startswith("request_level") for policy in means)
-        else {}
-    )
-    versus = {"request_level": best, "wrr": means.get("wrr", {})}
+    baselines = [policy for policy in means if policy.startswith("request_level")]
+    best = {trace: max(means[policy][trace] for policy in baselines) for trace in _traces(results)} if baselines else {}
     line: dict[str, Any] = {"rate_at_90": {p: {t: round(rate, 3) for t, rate in traces.items()} for p, traces in means.items()}}
-    for name, others in versus.items():
+    for name, others in (("request_level", best), ("wrr", means.get("wrr", {}))):
         ratios = [means["slack"][trace] / rate for trace, rate in others.items() if rate > 0] if "slack" in means else []
         line[f"slack_vs_{name}"] = round(geometric_mean(ratios), 3) if ratios else None
         line[f"worst_slack_vs_{name}"] = round(min(ratios), 3) if ratios else None
@@ -84,49 +80,63 @@ def _traces(results: Sequence[Result]) -> list[str]:
 
 def table(setup: Setup, results: Sequence[Result]) -> str:
     """The report in Markdown."""
-    slo, line = setup.slo, summary(results)
+    found, line = rates(results), summary(results)
     lines = [
         "# Token-level multiplexing against switching between requests",
         "",
         f"{describe()}; load average {os.getloadavg()[0]:.1f} at the end.",
         "",
-        f"{setup.num_models} models of {setup.weight_mib[0]:.0f} to {setup.weight_mib[1]:.0f} MiB ({setup.weight_mib[2]:.0f} MiB in all) on two workers, "
-        f"a process and a thread each, whose arenas of {setup.arena_mib} MiB hold {setup.num_fitting:.1f} models of mean size. A step of a model alone takes "
-        f"{setup.step_ms[0]:.1f} to {setup.step_ms[2]:.1f} ms, median {setup.step_ms[1]:.1f}. SLO: TTFT {slo.ttft_s:.2f} s, TPOT {1e3 * slo.tpot_s:.1f} ms; "
-        "token i is due TTFT + i * TPOT after its request's arrival, and a token that never comes is late. Arrivals are open-loop and seeded; "
-        f"{setup.warm_up_s:g} s of them warm up and are not counted, {setup.seconds:g} s are, and more follow for one TTFT. {setup.probes} runs find each rate, the policies "
-        f"in turns; {setup.repeats} seed(s)." + (f" Lengths are drawn from {setup.lengths}." if setup.lengths else ""),
+        _setting(setup),
         "",
         "## Requests a second with 90% of the tokens on time",
         "",
-        "| trace | " + " | ".join(LABELS[policy] for policy in rates(results)) + " | slack / best request level | slack / wrr |",
-        "|---|" + "---|" * (len(rates(results)) + 2),
+        "| trace | " + " | ".join(LABELS[policy] for policy in found) + " | slack / best request level | slack / wrr |",
+        "|---|" + "---|" * (len(found) + 2),
     ]
     for trace in _traces(results):
-        cells = [_spread(rates(results)[policy][trace]) for policy in rates(results)]
+        cells = [_spread(found[policy][trace]) for policy in found]
         own = summary([result for result in results if result.kind.name == trace])
-        lines.append(f"| {trace} | " + " | ".join(cells) + f" | {_ratio(own['slack_vs_request_level'])} | {_ratio(own['slack_vs_wrr'])} |")
+        lines.append(f"| {trace} | {' | '.join(cells)} | {_ratio(own['slack_vs_request_level'])} | {_ratio(own['slack_vs_wrr'])} |")
     lines += [
         "",
-        f"Over all traces (geometric mean): slack / request level {_ratio(line['slack_vs_request_level'])}, slack / wrr {_ratio(line['slack_vs_wrr'])}. "
-        "A rate is a mean over the seeds, with the least and the most in parentheses; 0 says that no rate tried had 90% on time.",
+        f"Over all traces (geometric mean): slack / request level {_ratio(line['slack_vs_request_level'])}, slack / wrr "
+        f"{_ratio(line['slack_vs_wrr'])}. A rate is a mean over the seeds, with the least and the most in parentheses; 0 says that no rate "
+        "tried had 90% on time.",
         "",
         *(f"- `{kind.name}`: {kind.text}" for kind in dict.fromkeys(result.kind for result in results)),
         "",
-        "## Every run",
+        *_runs(results),
         "",
-        "| trace, seed | policy | requests/s | tokens on time | requests on time | goodput, 1/s | tokens/s | incomplete | TTFT p50, p90, p99 s | "
-        "TPOT p50, p90, p99 ms | switches | of them loads |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "Made by `python bench/multiplex.py --out docs/results/multiplex.md`.",
+        "",
     ]
+    return "\n".join(lines)
+
+
+def _setting(setup: Setup) -> str:
+    least, most, total = setup.weight_mib
+    return (
+        f"{setup.num_models} models of {least:.0f} to {most:.0f} MiB ({total:.0f} MiB in all) on two workers, a process and a thread each, "
+        f"whose arenas of {setup.arena_mib} MiB hold {setup.num_fitting:.1f} models of mean size. A step of a model alone takes "
+        f"{setup.step_ms[0]:.1f} to {setup.step_ms[2]:.1f} ms, median {setup.step_ms[1]:.1f}. SLO: TTFT {setup.slo.ttft_s:.2f} s, TPOT "
+        f"{1e3 * setup.slo.tpot_s:.1f} ms; token i is due TTFT + i * TPOT after its request's arrival, and one that never comes is late. "
+        f"Arrivals are open-loop and seeded; {setup.warm_up_s:g} s of them warm up and are not counted, {setup.seconds:g} s are, and more "
+        f"follow for one TTFT. {setup.probes} runs find each rate, the policies in turns; {setup.repeats} seed(s)."
+        + (f" Lengths are drawn from {setup.lengths}." if setup.lengths else "")
+    )
+
+
+def _runs(results: Sequence[Result]) -> list[str]:
+    heads = (
+        *("trace, seed", "policy", "requests/s", "tokens on time", "requests on time", "goodput, 1/s", "tokens/s", "incomplete"),
+        *("TTFT p50, p90, p99 s", "TPOT p50, p90, p99 ms", "switches", "of them loads"),
+    )
+    lines = ["## Every run", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for result in results:
         for policy, search in result.searches.items():
-            lines += [
-                f"| {result.kind.name}, {result.seed} | {policy} | {_row(one)} |"
-                for one in sorted(search.probes, key=lambda p: p.rate_per_s)
-            ]
-    lines += ["", "Made by `python bench/multiplex.py --out docs/results/multiplex.md`.", ""]
-    return "\n".join(lines)
+            ordered = sorted(search.probes, key=lambda probe: probe.rate_per_s)
+            lines += [f"| {result.kind.name}, {result.seed} | {policy} | {_row(one)} |" for one in ordered]
+    return lines
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -143,8 +153,8 @@ def _row(one: Figures) -> str:
     tpot = ", ".join(_number(1e3 * seconds, 1) for seconds in one.tpot_s)
     switches, loads = one.counters.get("model_switches", 0), one.counters.get("model_loads", 0)
     return (
-        f"{one.rate_per_s:.2f} | {one.token_attainment:.1%} | {one.request_attainment:.1%} | {one.goodput_per_s:.2f} | {one.tokens_per_s:.0f} | "
-        f"{one.num_failed} of {one.num_requests} | {ttft} | {tpot} | {switches:.0f} | {loads:.0f}"
+        f"{one.rate_per_s:.2f} | {one.token_attainment:.1%} | {one.request_attainment:.1%} | {one.goodput_per_s:.2f} | "
+        f"{one.tokens_per_s:.0f} | {one.num_failed} of {one.num_requests} | {ttft} | {tpot} | {switches:.0f} | {loads:.0f}"
     )
 
 
@@ -177,6 +187,7 @@ def draw(setup: Setup, results: Sequence[Result], path: Path) -> None:
             )
         axes.axhline(100 * TARGET, color="#444444", linewidth=0.8, linestyle="--")
         axes.set(title=trace, xlabel="requests per second", xscale="log", ylim=(0, 103))
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes.grid(alpha=0.25)
