@@ -65,7 +65,8 @@ class Bench:
         found = figures(served, self.slo, rate, begin_s, end_s, counters)
         _say(
             f"{trace.kind.name:7} {policy:19} {rate:6.2f}/s tokens {found.token_attainment:6.1%} requests {found.request_attainment:6.1%} "
-            f"of {found.num_requests:4}, ttft p50 {found.ttft_s[0]:.2f} s, {found.counters.get('model_switches', 0):.0f} switches"
+            f"of {found.num_requests:4}, ttft p50 {found.ttft_s[0]:.2f} s, {found.counters.get('model_switches', 0):.0f} switches "
+            f"{_shares(found.counters, end_s + self.slo.ttft_s)}"
         )
         await asyncio.sleep(0.3)
         return found
@@ -83,6 +84,12 @@ class Bench:
 
 def _names(reports: Mapping[str, Mapping[str, float]]) -> list[str]:
     return sorted({name for counters in reports.values() for name in counters})
+
+
+def _shares(counters: Mapping[str, float], duration_s: float) -> str:
+    """What the two workers did with their time."""
+    parts = {"decode": "decode_seconds", "prefill": "prefill_seconds", "switch": "model_switch_seconds"}
+    return ", ".join(f"{part} {counters.get(name, 0.0) / duration_s / 2:.0%}" for part, name in parts.items())
 
 
 def _say(line: str) -> None:
