@@ -42,6 +42,7 @@ bench: setup  ## every benchmark, results into docs/results/
 	$(BIN)/python bench/engine.py --out docs/results/engine.md
 	$(BIN)/python bench/stack.py --out docs/results/stack.md
 	$(BIN)/python bench/switch.py --out docs/results/switch.md
+	$(BIN)/python bench/multiplex.py --out docs/results/multiplex.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -33,7 +33,7 @@ from mux_search import Figures, Search, figures
 from mux_traces import KINDS, Ask, Trace, read_lengths
 
 from polymux.disagg.slo import SLO
-from polymux.transport.units import GIB, MIB
+from polymux.transport.units import GIB, MIB, ModelName, WorkerId
 
 MULTIPLEXED = ("slack", "wrr")
 POLICIES = (*MULTIPLEXED, "request_level", "request_level_idle", "static")
@@ -104,7 +104,7 @@ async def bring_up(bench: Bench, stack: AsyncExitStack, models: dict[str, Path],
         config = make_config(models, policy, args.arena_mib * MIB, store.token, max_quota_s)
         return await stack.enter_async_context(Cluster(config, store))
 
-    plain = await cluster("wrr", 4.0)
+    plain = await cluster("slack", 4.0)
     bench.step_ms = await calibrate(plain, models, store.token)
     step_s = statistics.median(bench.step_ms.values()) / 1e3
     tpot_s = args.tpot_ms / 1e3 if args.tpot_ms else STEPS_OF_TPOT * step_s
@@ -118,17 +118,24 @@ async def bring_up(bench: Bench, stack: AsyncExitStack, models: dict[str, Path],
 
 
 async def calibrate(cluster: Cluster, models: Mapping[str, Path], token: str) -> dict[str, float]:
-    """Every model on every instance, alone: milliseconds of a step. It also loads, verifies and measures each model once."""
+    """Every model alone on an instance while the others do the same: milliseconds of a step. Also loads, verifies and meters each once."""
+    steps = await asyncio.gather(*(_steps(cluster, worker_id, models, token) for worker_id in instances(cluster)))
+    return {model: 1e3 * statistics.median([gap for one in steps for gap in one[model]]) for model in models}
+
+
+async def _steps(cluster: Cluster, worker_id: WorkerId, models: Mapping[str, Path], token: str) -> dict[str, list[float]]:
+    """Seconds between the tokens of two requests of each model, one after another, on one instance."""
     gaps: dict[str, list[float]] = {model: [] for model in models}
-    for number, worker_id in enumerate(instances(cluster)):
-        driver = Driver(f"calibrate-{number}", StaticRouter(cluster, dict.fromkeys(models, worker_id)), token)  # type: ignore[arg-type]
-        await driver.start()
-        for model in models:
-            for _ in range(2):
-                (served,) = await driver.run([Ask(0.0, model, tuple(range(8, 56)), 24)], SLO(ttft_s=30.0, tpot_s=1.0))
+    driver = Driver(f"calibrate-{worker_id}", StaticRouter(cluster, {ModelName(model): worker_id for model in models}), token)
+    await driver.start()
+    for model in models:
+        for _ in range(2):
+            (served,) = await driver.run([Ask(0.0, model, tuple(range(8, 56)), 24)], SLO(ttft_s=30.0, tpot_s=1.0))
+            if served.error:
+                raise SystemExit(f"{model} failed on {worker_id}: {served.error}")
             gaps[model] += [after - before for before, after in itertools.pairwise(served.token_times_s)]
-        await driver.close()
-    return {model: 1e3 * statistics.median(found) for model, found in gaps.items()}
+    await driver.close()
+    return gaps
 
 
 async def open_drivers(bench: Bench, trace: Trace, token: str) -> None:

@@ -25,6 +25,7 @@ from polymux.transport.units import Epoch, ModelName, WorkerId
 
 STOP_S = 10.0
 KV_FRACTION = 0.3  # of an arena; the rest holds weights
+PREFILL = {"slack": "deadline", "wrr": "grouped_fcfs"}  # each turn policy with the prefill policy it belongs to
 
 
 def serve_worker(calls: Connection) -> None:
@@ -189,7 +190,7 @@ def make_config(models: dict[str, Path], policy: str, arena_bytes: int, token: s
             "models": [{"name": name, "path": str(path)} for name, path in models.items()],
             "pools": {"prefill": pool, "decode": pool},
             "engine": {"kv_fraction": KV_FRACTION, "probe_interval_s": 3600, "max_num_seqs": 64},
-            "policies": {"decode": policy, "max_quota_s": max_quota_s},
+            "policies": {"decode": policy, "prefill": PREFILL[policy], "max_quota_s": max_quota_s},
             "limits": {"max_queued_requests": 100_000, "max_queued_tokens": 1 << 24, "ttft_refusal_factor": None},
             "liveness": {"report_interval_s": 0.5, "orphan_timeout_s": None, "worker_lease_s": 60.0, "client_lease_s": 600.0},
             "security": {"cluster_token": token},
