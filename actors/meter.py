@@ -36,10 +36,14 @@ class _Cost:
         self.fit = guess
         self._num_seen = 0
 
-    def observe(self, features: tuple[float, ...], seconds: float) -> None:
+    def observe(self, features: tuple[float, ...], seconds: float) -> float | None:
+        """How far off the prediction was, as a part of the actual time, when it looked."""
         self._num_seen += 1
-        if self.fit.num_observed < EAGER_OBSERVATIONS or self._num_seen % SPARSE == 0:
-            self.fit = self.fit.observe(features, seconds)
+        if self.fit.num_observed >= EAGER_OBSERVATIONS and self._num_seen % SPARSE:
+            return None
+        error = abs(self.fit.predict(features) - seconds) / max(seconds, 1e-9)
+        self.fit = self.fit.observe(features, seconds)
+        return error
 
 
 class Meter:
@@ -53,7 +57,7 @@ class Meter:
         self._switch = _Cost(guess_switch(self._device))
         self._swap = _Cost(guess_swap(self._device))
         self._counters: defaultdict[str, float] = defaultdict(float)
-        self._telemetry = Telemetry({name: METRICS[name] for name in ("model_switches", "model_switch_seconds")})
+        self._telemetry = Telemetry({name: METRICS[name] for name in ("model_switches", "model_switch_seconds", "cost_error_ratio")})
         self._lock = threading.Lock()
 
     def add_model(self, spec: ModelSpec) -> None:
@@ -83,7 +87,7 @@ class Meter:
 
     def prefilled(self, model: ModelName, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
         """One prefill step over (tokens already cached, tokens computed) of each chunk."""
-        self._prefill[model].observe(prefill_features(chunks), seconds)
+        self._judge("prefill", self._prefill[model].observe(prefill_features(chunks), seconds))
         num_tokens = sum(tokens for _, tokens in chunks)
         self._add(prompt_tokens=num_tokens, prefill_steps=1, prefill_seconds=seconds)
         now_s = self.timeline.clock()
@@ -94,7 +98,7 @@ class Meter:
         self._add(prefix_cache_queries=num_tokens, prefix_cache_hits=num_cached)
 
     def decoded(self, model: ModelName, num_seqs: int, kv_tokens: int, seconds: float) -> None:
-        self._decode[model].observe(decode_features(num_seqs, kv_tokens), seconds)
+        self._judge("decode", self._decode[model].observe(decode_features(num_seqs, kv_tokens), seconds))
         self._add(generation_tokens=num_seqs, decode_steps=1, decode_seconds=seconds)
         now_s = self.timeline.clock()
         self.timeline.add(SpanKind.DECODE, model, now_s - seconds, now_s, num_seqs=num_seqs, num_tokens=num_seqs)
@@ -125,7 +129,7 @@ class Meter:
             self._add(model_prefetches=1, model_prefetch_bytes=loaded.nbytes)
             self.timeline.add(SpanKind.PREFETCH, loaded.model, loaded.began_s, loaded.ended_s, nbytes=loaded.nbytes)
         else:
-            self._switch.observe(switch_features(loaded.nbytes), loaded.waited_s)
+            self._judge("switch", self._switch.observe(switch_features(loaded.nbytes), loaded.waited_s))
 
     def preempted(self) -> None:
         self._add(preemptions=1)
@@ -162,6 +166,10 @@ class Meter:
         counts["kv_transfer_seconds"] = sum(edge.seconds for edge in edges)
         counts["kv_stale_moves"] = sum(edge.stale_moves for edge in edges)
         return tuple(sorted((name, float(value)) for name, value in counts.items()))
+
+    def _judge(self, step: str, error: float | None) -> None:
+        if error is not None:
+            self._telemetry.observe("cost_error_ratio", error, step)
 
     def _add(self, **counts: float) -> None:
         with self._lock:

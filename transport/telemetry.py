@@ -52,6 +52,7 @@ TTFT_S = (
 )
 TPOT_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 SWITCH_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+ERROR_RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 TOKENS = (1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
 
 
@@ -101,6 +102,7 @@ METRICS: dict[str, Metric] = {
         _histogram("request_prefill_time_seconds", "Start of the prefill to the first token.", REQUEST_S, "model_name"),
         _histogram("request_decode_time_seconds", "First to last token.", REQUEST_S, "model_name"),
         _histogram("iteration_tokens_total", "Tokens in one step.", TOKENS, "engine"),
+        _histogram("cost_error_ratio", "|predicted - actual| / actual seconds of a prefill, decode or switch.", ERROR_RATIOS, "step"),
         _histogram("kv_transfer_seconds", "Order to commit of a KV transfer.", TTFT_S, "transport", "edge"),
         _histogram(
             "model_switch_seconds",

@@ -203,6 +203,8 @@ function drawLanes() {
 
 function drawHead(ctx, lane, offset, width, seen) {
   const y = lane.y + offset + HEAD / 2 + 3;
+  ctx.fillStyle = theme.panel;
+  ctx.fillRect(0, lane.y + offset + 1, width, HEAD - 4); // no grid behind the words
   ctx.fillStyle = theme.line;
   if (lane.y > 10) ctx.fillRect(0, lane.y + offset, width, 1);
   ctx.textAlign = "left";
@@ -467,7 +469,7 @@ function drawOverview() {
 // -- words ------------------------------------------------------------------------------------------------------------
 
 function percent(part) { return `${(100 * part).toFixed(part < 0.0995 ? 1 : 0)}%`; }
-function amount(value) { return value >= 100 ? Math.round(value).toLocaleString("en-US") : value.toFixed(value >= 10 ? 0 : 1); }
+function amount(value) { return value === 0 ? "0" : value >= 100 ? Math.round(value).toLocaleString("en-US") : value.toFixed(value >= 10 ? 0 : 1); }
 function duration(s) {
   if (s >= 120) return `${(s / 60).toFixed(1)} min`;
   if (s >= 1) return `${s.toFixed(s >= 10 ? 1 : 2)} s`;

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from zero_engine import zero_spec
 from zero_stack import ZeroStack
 
 from polymux.actors.meter import Meter
@@ -184,6 +186,18 @@ def test_a_meters_counters_come_out_as_the_metrics_they_are() -> None:
         assert value(text, "polymux:model_switches_total", **label, reason=reason) == 1
     assert value(text, "polymux:model_switch_seconds_bucket", **label, phase="switch", le="0.025") == 2
     assert value(text, "polymux:model_switch_seconds_sum", **label, phase="switch") == pytest.approx(0.0502)
+
+
+def test_predictions_are_held_against_what_happened() -> None:
+    meter, spec = Meter(), zero_spec("bytes", Path(), vocab_size=8, max_model_len=64, eos=(1,))
+    meter.add_model(spec)
+    for _ in range(20):
+        meter.decoded(spec.model, 1, 16, meter.predict_decode_s(spec.model, 1, 16) * 2)
+    worker = {**TOPOLOGY["workers"][0], "counters": dict(meter.counters(()))}
+    text = Metrics().render({**TOPOLOGY, "workers": [worker]})
+    label = {"worker": "decode-0", "role": "decode", "step": "decode"}
+    assert value(text, "polymux:cost_error_ratio_count", **label) == 20
+    assert value(text, "polymux:cost_error_ratio_sum", **label) == pytest.approx(10.0, rel=0.01)
 
 
 def test_a_bucket_counts_what_is_at_most_its_bound() -> None:
