@@ -87,6 +87,7 @@ class BlockPool:
         self._cached: set[int] = set()  # out or idle
         self._idle_slabs: set[int] = set()  # with idle blocks and none out: another layout may have them
         self._num_idle = 0
+        self._is_gathering = False  # slabs may be empty for a moment
 
     @property
     def kv(self) -> Tensor:
@@ -216,14 +217,15 @@ class BlockPool:
         return frozenset(self._idle_slabs)
 
     def _gather(self, num_blocks: int) -> None:
-        """Take free slabs for so many free blocks, if there are enough."""
-        while len(self._free) < num_blocks:
-            slab = self._source.take_slab()
-            if slab is None:
-                return
-            self._used_in[slab] = self._idle_in[slab] = 0
-            for block_id in self.ids_of(slab):
-                heapq.heappush(self._free, block_id)
+        """Take free slabs for so many free blocks, if there are enough. The source may have our idle blocks reclaimed meanwhile."""
+        self._is_gathering = True
+        try:
+            while len(self._free) < num_blocks and (slab := self._source.take_slab()) is not None:
+                self._used_in[slab] = self._idle_in[slab] = 0
+                for block_id in self.ids_of(slab):
+                    heapq.heappush(self._free, block_id)
+        finally:
+            self._is_gathering = False
 
     def _hold(self, block_id: int) -> None:
         slab = self.slab_of(block_id)
@@ -245,7 +247,7 @@ class BlockPool:
 
     def _return_empty_slabs(self) -> None:
         empty = [slab for slab, used in self._used_in.items() if not used and not self._idle_in[slab]]
-        if not empty:
+        if not empty or self._is_gathering:
             return
         gone = {block_id for slab in empty for block_id in self.ids_of(slab)}
         self._free = [block_id for block_id in self._free if block_id not in gone]
@@ -299,6 +301,11 @@ class BlockManager:
     @property
     def num_out(self) -> int:
         return sum(pool.num_out for pool in self._pools.values())
+
+    @property
+    def num_idle_slab_bytes(self) -> int:
+        """Bytes of the slabs that hold nothing but idle blocks."""
+        return sum(len(pool.idle_slabs) for pool in self._pools.values()) * self._source.slab_bytes
 
     @property
     def num_free_bytes(self) -> int:

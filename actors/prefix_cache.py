@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -168,7 +168,7 @@ class PrefixCache:
         shelves = [shelf for shelf in self._shelves.values() if shelf.pool is pool]
         heads = [(shelf.value(block.used_s, now_s), i) for i, shelf in enumerate(shelves) if (block := shelf.oldest_idle(now_s))]
         heapq.heapify(heads)
-        slabs = sorted(self._idle_slabs_beside(pool, now_s), key=lambda one: one[0], reverse=True)
+        slabs = self._idle_slabs(now_s, beside=pool)
         while pool.num_ready < num_blocks and (heads or slabs):
             if not heads or (slabs and slabs[-1][0] < heads[0][0]):
                 _, other, slab = slabs.pop()
@@ -181,14 +181,34 @@ class PrefixCache:
             if (block := shelves[i].oldest_idle(now_s)) is not None:
                 heapq.heappush(heads, (shelves[i].value(block.used_s, now_s), i))
 
-    def _idle_slabs_beside(self, pool: BlockPool, now_s: float) -> Iterator[tuple[float, BlockPool, int]]:
-        """Slabs of other layouts that hold nothing but idle blocks, with what their best block is worth at most."""
-        for layout, other in self._blocks.pools.items():
-            if other is not pool:
-                shelves = [shelf for shelf in self._shelves.values() if shelf.pool is other]
-                for slab in other.idle_slabs:
+    @property
+    def num_bytes(self) -> int:
+        """In slabs that hold nothing else, which `release` could give back now."""
+        return self._blocks.num_idle_slab_bytes
+
+    def value(self) -> float:
+        """Expected seconds that the least valuable of those slabs saves, a byte; 0 without one."""
+        slabs = self._idle_slabs(self._clock())
+        return slabs[-1][0] if slabs else 0.0
+
+    def release(self, nbytes: int) -> int:
+        """Give slabs of so many bytes back, the least valuable first. How many bytes they were."""
+        before, slabs = self.num_bytes, self._idle_slabs(self._clock())
+        while slabs and before - self.num_bytes < nbytes:
+            _, pool, slab = slabs.pop()
+            self._evict_slab(pool, slab)
+        return before - self.num_bytes
+
+    def _idle_slabs(self, now_s: float, beside: BlockPool | None = None) -> list[tuple[float, BlockPool, int]]:
+        """Slabs that hold nothing but idle blocks, with what their best block is worth at most: the least valuable last."""
+        found: list[tuple[float, BlockPool, int]] = []
+        for layout, pool in self._blocks.pools.items():
+            if pool is not beside:
+                shelves = [shelf for shelf in self._shelves.values() if shelf.pool is pool]
+                for slab in pool.idle_slabs:
                     used_s = self._slab_used_s.get((layout, slab), 0.0)
-                    yield max((shelf.value(used_s, now_s) for shelf in shelves), default=0.0), other, slab
+                    found.append((max((shelf.value(used_s, now_s) for shelf in shelves), default=0.0), pool, slab))
+        return sorted(found, key=lambda one: one[0], reverse=True)
 
     def _evict_slab(self, pool: BlockPool, slab: int) -> None:
         for shelf in self._shelves.values():

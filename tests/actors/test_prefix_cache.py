@@ -213,6 +213,43 @@ def test_the_router_is_told_what_was_used_last() -> None:
     assert set(marks[:2]) == set(expected[-1])
 
 
+def test_slabs_go_back_to_whoever_wants_bytes_the_least_valuable_first() -> None:
+    bench = Workbench()
+    slab = bench.arena.slab_bytes
+    for symbol in range(32):
+        bench.serve(BASE, prompt(symbol))
+        bench.clock.now_s += 60
+    free, worth = bench.arena.num_free_slabs, bench.cache.value()
+    assert bench.cache.num_bytes == (bench.arena.max_kv_slabs - free) * slab and worth > 0
+    assert bench.cache.release(slab + 1) == 2 * slab and bench.arena.num_free_slabs == free + 2
+    assert bench.cache.value() > worth
+    assert bench.serve(BASE, prompt(31)) == BLOCK_SIZE and bench.serve(BASE, prompt(0)) == 0
+    bench.cache.release(1 << 40)
+    assert bench.arena.num_free_slabs == bench.arena.max_kv_slabs and bench.cache.num_bytes == 0 == bench.cache.num_blocks
+    assert bench.cache.value() == 0.0
+    bench.check()
+
+
+def test_cached_blocks_may_be_reclaimed_in_the_middle_of_an_allocation() -> None:
+    """The arena asks for bytes back while it is asked for a slab: weights and cached KV make way for each other."""
+    bench = Workbench()
+    take = bench.arena.take_slab
+
+    def make_way() -> int | None:
+        bench.cache.release(bench.arena.slab_bytes)
+        return take()
+
+    for symbol in range(100):
+        bench.serve(BASE, prompt(symbol))
+    bench.arena.take_slab = make_way  # type: ignore[method-assign]
+    for pool in (bench.blocks.pool(SMALL), bench.blocks.pool(ODD)):
+        held = pool.allocate(pool.num_free)
+        bench.check()
+        pool.free(held)
+        bench.check()
+    assert bench.arena.num_free_slabs == bench.arena.max_kv_slabs
+
+
 def test_worth_falls_with_time_and_rises_with_use() -> None:
     worth = Worth(seconds=0.01, nbytes=1000).touched(0.0)
     assert worth.per_byte(0.0, 0.0) > worth.per_byte(0.0, REUSE_HALF_LIFE_S) > 0
@@ -288,6 +325,12 @@ class CacheMachine(RuleBasedStateMachine):
     def unplace(self) -> None:
         if self.weights:
             self.bench.arena.free_weights(self.weights.pop())
+
+    @rule(nbytes=st.integers(0, 400_000))
+    def release(self, nbytes: int) -> None:
+        before = self.bench.cache.num_bytes
+        released = self.bench.cache.release(nbytes)
+        assert released >= min(nbytes, before) and self.bench.cache.num_bytes == before - released
 
     @rule(seconds=st.floats(0, 300))
     def wait(self, seconds: float) -> None:
