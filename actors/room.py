@@ -52,18 +52,26 @@ class Room:
         self._take(victims, batch.num_new_blocks - ready - pool.num_free, spare_blocks=len(batch.step))
         return self._with_room([running[key] for key in batch.step], pool)
 
-    def first_short(self, sequences: Iterable[Sequence]) -> float:
-        """The place in line of the oldest running sequence without room for its token: nobody behind it is granted blocks before."""
-        running = (s for s in sequences if s.phase is Phase.RUNNING)
-        short = (s for s in running if (wanted := s.num_blocks_wanted) > 0 and wanted > self._engine.pool(s.spec.model).num_free)
-        return min((s.order for s in short), default=math.inf)
+    def serve_running(self, sequences: Iterable[Sequence]) -> float:
+        """Give those that run the block for their next token, oldest first; the place in line of the first one that cannot have it.
+
+        Nobody behind it is granted blocks before. And room that was made for one that runs is its own at once, or whoever gave it would
+        be first to take it back.
+        """
+        for sequence in sorted((s for s in sequences if s.phase is Phase.RUNNING), key=lambda s: s.order):
+            if (wanted := sequence.num_blocks_wanted) > 0:
+                pool = self._engine.pool(sequence.spec.model)
+                if wanted > pool.num_free:
+                    return sequence.order
+                sequence.block_ids += pool.allocate(wanted)
+        return math.inf
 
     def next_in_line(self, sequences: Collection[Sequence], full: Collection[Peer | None]) -> Sequence | None:
         """Who gets blocks now, oldest first; `full` are the prefill workers that take no more orders at present.
 
         While the oldest lacks some, swapped sequences give up what they still have on the device.
         """
-        short = self.first_short(sequences)
+        short = self.serve_running(sequences)
         line = {
             s.command.sequence_id: s
             for s in sequences
