@@ -134,6 +134,10 @@ class Meter:
     def preempted(self) -> None:
         self._add(preemptions=1)
 
+    def gave_up(self, num_tokens: int) -> None:
+        """A sequence lost its KV, which was not worth swapping or had no room: all its tokens are prefilled again."""
+        self._add(recomputed_tokens=num_tokens)
+
     def handed_over(self) -> None:
         """A sequence went on to another worker with its KV."""
         self._add(sequences_moved=1)

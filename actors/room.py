@@ -98,6 +98,7 @@ class Room:
         if not self._swaps.swap_out(sequence, len(sequence.block_ids) if num_blocks is None else num_blocks):
             self._swaps.release(sequence)
             sequence.phase = Phase.WAITING
+            self._meter.gave_up(sequence.num_tokens)
 
     def _take(self, victims: Iterable[Sequence], num_blocks: int, spare_blocks: int) -> None:
         """Preempt in this order until `num_blocks` are free or coming. The last gives a few more, which the batch will want soon."""

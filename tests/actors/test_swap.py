@@ -51,11 +51,11 @@ async def test_answers_are_the_same_when_sequences_were_swapped_out_in_the_middl
 
 async def test_what_does_not_fit_the_host_tier_is_computed_again() -> None:
     expected, kv_bytes = await alone()
-    async with running_pair(decode_kv_bytes=kv_bytes, batch_invariant=True, host_kv_bytes=128 * KIB) as tight:
+    async with running_pair(decode_kv_bytes=kv_bytes, batch_invariant=True, host_kv_bytes=64 * KIB) as tight:
         got = await asyncio.gather(*(tight.generate(*ask) for ask in asks_of(tight)))
         counters = dict(tight.decode.report().counters)
     assert got == expected
-    assert counters["kv_transfers_committed"] > len(expected)
+    assert counters["recomputed_tokens"] > 0
 
 
 async def test_a_store_that_died_takes_no_answer_with_it() -> None:
