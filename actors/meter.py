@@ -4,80 +4,50 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from polymux.actors.copier import Copied
+from polymux.actors.costs import Costs
 from polymux.actors.timeline import Timeline
 from polymux.actors.weights.residency import Loaded, Switch
-from polymux.disagg.cost import (
-    Fit,
-    Roofline,
-    decode_features,
-    guess_decode,
-    guess_prefill,
-    guess_swap,
-    guess_switch,
-    prefill_features,
-    switch_features,
-)
+from polymux.disagg.cost import Fit, Roofline, decode_features, prefill_features, switch_features
 from polymux.transport.kv import EdgeStats
 from polymux.transport.messages import ModelCost, ModelSpec, SpanKind
 from polymux.transport.telemetry import METRICS, Telemetry, flatten
 from polymux.transport.units import ModelName
 
-EAGER_OBSERVATIONS = 64  # of one cost; after them every `SPARSE`-th step is enough to follow it
-SPARSE = 8
-
-
-class _Cost:
-    """One fit, observed often while it is young and sparsely later: an observation costs about as much as a layer of a small model."""
-
-    def __init__(self, guess: Fit) -> None:
-        self.fit = guess
-        self._num_seen = 0
-
-    def observe(self, features: tuple[float, ...], seconds: float) -> float | None:
-        """How far off the prediction was, as a part of the actual time, when it looked."""
-        self._num_seen += 1
-        if self.fit.num_observed >= EAGER_OBSERVATIONS and self._num_seen % SPARSE:
-            return None
-        error = abs(self.fit.predict(features) - seconds) / max(seconds, 1e-9)
-        self.fit = self.fit.observe(features, seconds)
-        return error
+_RECORDED = ("model_switches", "model_switch_seconds", "cost_predicted_seconds", "cost_actual_seconds", "cost_error_ratio")
 
 
 class Meter:
     """Written by the engine thread, read by the reporting one. What it is told has just ended: its spans end now."""
 
-    def __init__(self, device: Roofline | None = None, timeline: Timeline | None = None) -> None:
+    def __init__(
+        self, device: Roofline | None = None, timeline: Timeline | None = None, saved_costs: Mapping[str, Fit] | None = None
+    ) -> None:
         self.timeline = timeline or Timeline()
-        self._device = device or Roofline()
-        self._prefill: dict[ModelName, _Cost] = {}
-        self._decode: dict[ModelName, _Cost] = {}
-        self._switch = _Cost(guess_switch(self._device))
-        self._swap = _Cost(guess_swap(self._device))
         self._counters: defaultdict[str, float] = defaultdict(float)
-        self._telemetry = Telemetry({name: METRICS[name] for name in ("model_switches", "model_switch_seconds", "cost_error_ratio")})
+        self._telemetry = Telemetry({name: METRICS[name] for name in _RECORDED})
+        self.learned = Costs(self._telemetry, device, saved_costs)
         self._lock = threading.Lock()
 
     def add_model(self, spec: ModelSpec) -> None:
         with self._lock:
-            self._prefill[spec.model] = _Cost(guess_prefill(spec, self._device))
-            self._decode[spec.model] = _Cost(guess_decode(spec, self._device))
+            self.learned.add_model(spec)
 
     def predict_prefill_s(self, model: ModelName, chunks: Sequence[tuple[int, int]]) -> float:
         """Of one step over (tokens already cached, tokens to compute) of each chunk."""
-        return self._prefill[model].fit.predict(prefill_features(chunks))
+        return self.learned.prefill[model].fit.predict(prefill_features(chunks))
 
     def predict_decode_s(self, model: ModelName, num_seqs: int, kv_tokens: int) -> float:
-        return self._decode[model].fit.predict(decode_features(num_seqs, kv_tokens))
+        return self.learned.decode[model].fit.predict(decode_features(num_seqs, kv_tokens))
 
     def predict_swap_s(self, nbytes: int) -> float:
         """One way."""
-        return self._swap.fit.predict(switch_features(nbytes))
+        return self.learned.swap.fit.predict(switch_features(nbytes))
 
     def predict_switch_s(self, nbytes: int) -> float:
-        return self._switch.fit.predict(switch_features(nbytes))
+        return self.learned.switch.fit.predict(switch_features(nbytes))
 
     @property
     def switch_bytes_per_s(self) -> float:
@@ -87,7 +57,7 @@ class Meter:
 
     def prefilled(self, model: ModelName, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
         """One prefill step over (tokens already cached, tokens computed) of each chunk."""
-        self._judge("prefill", self._prefill[model].observe(prefill_features(chunks), seconds))
+        self.learned.prefill[model].observe(prefill_features(chunks), seconds)
         num_tokens = sum(tokens for _, tokens in chunks)
         self._add(prompt_tokens=num_tokens, prefill_steps=1, prefill_seconds=seconds)
         now_s = self.timeline.clock()
@@ -98,7 +68,7 @@ class Meter:
         self._add(prefix_cache_queries=num_tokens, prefix_cache_hits=num_cached)
 
     def decoded(self, model: ModelName, num_seqs: int, kv_tokens: int, seconds: float) -> None:
-        self._judge("decode", self._decode[model].observe(decode_features(num_seqs, kv_tokens), seconds))
+        self.learned.decode[model].observe(decode_features(num_seqs, kv_tokens), seconds)
         self._add(generation_tokens=num_seqs, decode_steps=1, decode_seconds=seconds)
         now_s = self.timeline.clock()
         self.timeline.add(SpanKind.DECODE, model, now_s - seconds, now_s, num_seqs=num_seqs, num_tokens=num_seqs)
@@ -129,7 +99,7 @@ class Meter:
             self._add(model_prefetches=1, model_prefetch_bytes=loaded.nbytes)
             self.timeline.add(SpanKind.PREFETCH, loaded.model, loaded.began_s, loaded.ended_s, nbytes=loaded.nbytes)
         else:
-            self._judge("switch", self._switch.observe(switch_features(loaded.nbytes), loaded.waited_s))
+            self.learned.switch.observe(switch_features(loaded.nbytes), loaded.waited_s)
 
     def preempted(self) -> None:
         self._add(preemptions=1)
@@ -145,7 +115,7 @@ class Meter:
     def swapped(self, kind: SpanKind, model: ModelName, copied: Copied) -> None:
         """Blocks of one sequence have gone to the host tier, or come back."""
         seconds = copied.ended_s - copied.began_s
-        self._swap.observe(switch_features(copied.nbytes), seconds)
+        self.learned.swap.observe(switch_features(copied.nbytes), seconds)
         self._add(**{f"{kind}_blocks": copied.num_blocks, f"{kind}_bytes": copied.nbytes, f"{kind}_seconds": seconds, f"{kind}s": 1})
         self.timeline.add(kind, model, copied.began_s, copied.ended_s, nbytes=copied.nbytes, num_seqs=1)
 
@@ -155,8 +125,8 @@ class Meter:
     def costs(self) -> tuple[ModelCost, ...]:
         with self._lock:
             return tuple(
-                ModelCost(model=model, prefill=_three(self._prefill[model].fit), decode=_three(self._decode[model].fit))
-                for model in self._prefill
+                ModelCost(model=model, prefill=_three(self.learned.prefill[model].fit), decode=_three(self.learned.decode[model].fit))
+                for model in self.learned.prefill
             )
 
     def counters(self, edges: Sequence[EdgeStats]) -> tuple[tuple[str, float], ...]:
@@ -170,10 +140,6 @@ class Meter:
         counts["kv_transfer_seconds"] = sum(edge.seconds for edge in edges)
         counts["kv_stale_moves"] = sum(edge.stale_moves for edge in edges)
         return tuple(sorted((name, float(value)) for name, value in counts.items()))
-
-    def _judge(self, step: str, error: float | None) -> None:
-        if error is not None:
-            self._telemetry.observe("cost_error_ratio", error, step)
 
     def _add(self, **counts: float) -> None:
         with self._lock:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from polymux.actors.copier import Copier
+from polymux.actors.costs import CostFile, device_kind
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.grants import Grants
@@ -54,6 +55,7 @@ log = logging.getLogger("polymux.worker")
 
 STOP_S = 10.0  # for the engine thread to finish its step
 MARKS_S = 0.5  # how old its list of cached prefixes may be
+SAVE_S = 60.0  # between two writes of the costs
 PUBLISH_S = 0.1  # how old a busy worker's snapshot may be
 
 
@@ -90,6 +92,7 @@ class WorkerSettings:
     decode_settings: tuple[tuple[str, float], ...] = ()
     kv: KVSettings = field(default_factory=KVSettings)
     keep_s: float = KEEP_S  # how long a sequence that was given up here waits with its KV for the worker that goes on
+    costs_path: str | None = None  # folder of the costs that outlive a worker
     probe_interval_s: float = 10.0  # how often an idle engine proves that it still computes
 
 
@@ -101,7 +104,9 @@ class Worker:
         self._region = Region.create(settings.arena_bytes)
         self._store = StoreClient(settings.store_address, settings.token)
         self._engine = Engine(self._region, settings.engine, self._store)
-        self._meter = Meter()
+        self._cost_file = CostFile(settings.costs_path, device_kind(settings.num_threads)) if settings.costs_path else None
+        self._meter = Meter(saved_costs=self._cost_file.load() if self._cost_file is not None else None)
+        self._saved_s = self._engine.clock()
         self._engine.residency.on_loaded = self._meter.loaded
         self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
         self._tier = HostTier.attach(settings.store_address, settings.token)
@@ -204,6 +209,7 @@ class Worker:
             if end is not None:
                 end.close()
         self._server.close()
+        self._save_costs(0.0)
         if not self._thread.is_alive() and has_copied:
             if self._tier is not None:
                 self._tier.close()
@@ -310,6 +316,7 @@ class Worker:
         has_started = self._thread.ident is not None
         if has_started and not self._thread.is_alive() and not self._stopping.is_set():
             raise WorkerLost(f"the engine thread of worker {self.settings.worker_id} has ended; its log says why")
+        self._save_costs(SAVE_S)
         seen = self._published
         age_s = self._engine.clock() - self._beat_s
         is_idle = seen.num_open == 0 and age_s < 2 * self.settings.probe_interval_s
@@ -334,6 +341,12 @@ class Worker:
         """What this worker did lately. Safe from any thread."""
         spans = self._meter.timeline.spans(look.within_s, look.max_spans)
         return WorkerTimeline(worker_id=self.settings.worker_id, epoch=self._epoch, spans=spans)
+
+    def _save_costs(self, interval_s: float) -> None:
+        now_s = self._engine.clock()
+        if self._cost_file is not None and now_s - self._saved_s >= interval_s:
+            self._saved_s = now_s
+            self._cost_file.save(self._meter.learned.observed())
 
     def _publish(self) -> None:
         """Swap in a new snapshot; one assignment, so that readers see the old one or the new one."""

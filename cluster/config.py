@@ -147,6 +147,12 @@ class SecurityConfig(Section):
         return sum(hmac.compare_digest(given, known) for known in self.api_keys) > 0
 
 
+class CostsConfig(Section):
+    path: str | None = Field(
+        default=None, description="folder in which workers keep what they learned of their costs, a file per kind of device; unset: nowhere"
+    )
+
+
 class TransportConfig(Section):
     backend: Literal["auto", "local", "shm", "tcp"] = Field(default="auto", description="how KV moves; auto: shm on one host, else tcp")
     listen_host: str | None = Field(default=None, description="address that workers listen on; unset takes loopback, for one host")
@@ -199,6 +205,7 @@ class ClusterConfig(Section):
     pools: PoolsConfig = Field(default=PoolsConfig(), description="workers by role")
     engine: EngineConfig = Field(default=EngineConfig(), description="what one worker does in one step")
     policies: PoliciesConfig = Field(default=PoliciesConfig(), description="who decides what runs next")
+    costs: CostsConfig = Field(default=CostsConfig(), description="seconds of steps and switches, as learned while serving")
     limits: LimitsConfig = Field(default=LimitsConfig(), description="what is refused at the door")
     security: SecurityConfig = Field(default_factory=lambda: SecurityConfig(), description="keys and tokens")
     transport: TransportConfig = Field(default=TransportConfig(), description="how bytes move between workers")

@@ -59,6 +59,7 @@ def worker_settings(
         decode_policy=policies.decode,
         decode_settings=(("max_quota_s", policies.max_quota_s),),
         keep_s=config.transport.transfer_timeout_s,
+        costs_path=config.costs.path,
         probe_interval_s=config.engine.probe_interval_s,
         kv=KVSettings(backend=config.transport.backend, silence_s=config.transport.transfer_timeout_s),
     )

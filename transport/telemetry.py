@@ -104,6 +104,8 @@ METRICS: dict[str, Metric] = {
         _histogram("iteration_tokens_total", "Tokens in one step.", TOKENS, "engine"),
         _histogram("cost_error_ratio", "|predicted - actual| / actual seconds of a prefill, decode or switch.", ERROR_RATIOS, "step"),
         _histogram("kv_transfer_seconds", "Order to commit of a KV transfer.", TTFT_S, "transport", "edge"),
+        _counter("cost_predicted_seconds", "Seconds that steps, switches and swaps were predicted to take.", "step"),
+        _counter("cost_actual_seconds", "Seconds that they took.", "step"),
         _histogram(
             "model_switch_seconds",
             "What a switch waited (switch), and how long weights took to come in (load, prefetch).",

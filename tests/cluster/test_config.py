@@ -19,7 +19,7 @@ from polymux.cluster.config import ClusterConfig, ModelConfig, SecurityConfig
 from polymux.cluster.environment import FIELDS, VARIABLES
 from polymux.cluster.quantities import format_bytes, parse_bytes, parse_seconds
 from polymux.cluster.validation import Section
-from polymux.disagg.multiplex import WeightedRoundRobin
+from polymux.disagg.slack import Slack
 from polymux.transport.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def sections(section: type[Section]) -> Iterator[type[Section]]:
 def test_an_empty_configuration_is_valid() -> None:
     config = ClusterConfig.from_dict({})
     assert (config.pools.prefill.workers, config.pools.decode.workers, config.models) == (1, 1, ())
-    assert isinstance(config.policies.turn_policy(), WeightedRoundRobin)
+    assert isinstance(config.policies.turn_policy(), Slack)
 
 
 def test_a_configuration_survives_plain_data_json_and_pickle() -> None:
