@@ -25,7 +25,7 @@ from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import Overloaded, PolymuxError
 from polymux.transport.host_tier import OpenTier, SlabLeases, TierMemory
 from polymux.transport.messages import KVLayout
-from polymux.transport.units import KIB, ClientId, ModelName
+from polymux.transport.units import KIB, ClientId, ModelName, SequenceId
 
 SLAB = 64 * KIB
 MAX_LEN = 128
@@ -102,6 +102,9 @@ class SwapMachine(RuleBasedStateMachine):
 
     @initialize(num_slabs=st.integers(2, 4), num_host_slabs=st.integers(1, 5))
     def start(self, num_slabs: int, num_host_slabs: int) -> None:
+        self.build(num_slabs, num_host_slabs)
+
+    def build(self, num_slabs: int, num_host_slabs: int) -> None:
         self.engine = engine_of(num_slabs)
         self.memory = TierMemory(num_host_slabs * SLAB, SLAB)
         slab_bytes, fd = self.memory.open()
@@ -240,3 +243,24 @@ class SwapMachine(RuleBasedStateMachine):
 
 TestSwaps = SwapMachine.TestCase
 TestSwaps.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+def test_the_others_go_on_while_blocks_are_on_their_way_and_nobody_else_is_preempted_for_them() -> None:
+    machine = SwapMachine()
+    machine.build(2, 4)  # eight blocks of A
+    role, grants = machine.role, machine.grants
+    for name, num_tokens in (("old", 47), ("young", 34), ("youngest", 20)):  # 3, 3 and 2 blocks
+        role.accept(generate(name, A, num_tokens), ClientId("x"))
+        pool = machine.engine.pool(A)
+        sequence = role._sequences[SequenceId(name)]
+        grants.live[sequence] = pool.allocate(sequence.spec.kv.num_blocks(num_tokens))
+        grants.commit(sequence)
+    old, young, youngest = machine.sequences
+    old.append(1, 0.0)  # its next token wants a fourth block
+    for _ in range(3):
+        assert role._room.form(A, machine.sequences) == [young]
+        assert (old.phase, youngest.phase) == (Phase.RUNNING, Phase.SWAPPING_OUT)
+    assert len(machine.copier.waiting) == 1
+    machine.copier.end(0)
+    assert role._room.form(A, machine.sequences) == [old, young]
+    assert youngest.phase is Phase.SWAPPED and young.num_preemptions == 0
