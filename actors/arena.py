@@ -6,6 +6,7 @@ On a CPU worker the "device" is a shared-memory region with a budget, so the sam
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,8 @@ def default_slab_bytes(arena_bytes: int) -> int:
 class Arena:
     """Hands out byte ranges of one region. Not thread-safe: the engine thread owns it.
 
-    `weight_reserve_bytes` at the low end are never given to KV, so that a model can always be brought in.
+    `weight_reserve_bytes` at the low end are never given to KV, so that a model can always be brought in. Weights may borrow what lies
+    beyond while no KV is there, and make way when KV wants it.
     """
 
     def __init__(self, region: Region, *, weight_reserve_bytes: int, slab_bytes: int | None = None) -> None:
@@ -63,6 +65,8 @@ class Arena:
         self._weights: list[Span] = []  # sorted by offset
         self._slabs: set[int] = set()  # taken
         self._lowest_kv_slab = -(-weight_reserve_bytes // self.slab_bytes)
+        self.kept_end = 0  # weights that end here, or before, cannot make way for KV at present
+        self.make_way: Callable[[int], None] | None = None  # called when KV wants what lies from there on; None: weights keep their room
 
     @property
     def border(self) -> int:
@@ -109,21 +113,32 @@ class Arena:
         return moved
 
     def take_slab(self) -> int | None:
-        """The highest free slab clear of the weights and of their reserve; None when there is none."""
-        lowest = max(self._lowest_kv_slab, -(-self.weights_end // self.slab_bytes))
-        for slab in range(self.num_slabs - 1, lowest - 1, -1):
-            if slab not in self._slabs:
-                self._slabs.add(slab)
-                return slab
-        return None
+        """The highest free slab; weights that borrowed its room make way. None when there is none."""
+        slab = self._highest_free_slab()
+        if slab is not None and slab * self.slab_bytes < self.weights_end:
+            assert self.make_way is not None, "a slab under weights that stay is not free"
+            self.make_way(slab * self.slab_bytes)
+            slab = self._highest_free_slab()  # another one, when cached KV was worth less than those weights
+        if slab is None or slab * self.slab_bytes < self.weights_end:
+            return None
+        self._slabs.add(slab)
+        return slab
+
+    def _highest_free_slab(self) -> int | None:
+        return next((slab for slab in range(self.num_slabs - 1, self._lowest_slab - 1, -1) if slab not in self._slabs), None)
+
+    @property
+    def _lowest_slab(self) -> int:
+        kept_end = self.weights_end if self.make_way is None else self.kept_end
+        return max(self._lowest_kv_slab, -(-kept_end // self.slab_bytes))
 
     def return_slab(self, slab: int) -> None:
         self._slabs.remove(slab)
 
     @property
     def num_free_slabs(self) -> int:
-        lowest = max(self._lowest_kv_slab, -(-self.weights_end // self.slab_bytes))
-        return sum(slab not in self._slabs for slab in range(lowest, self.num_slabs))
+        """Those under weights that would make way are free."""
+        return sum(slab not in self._slabs for slab in range(self._lowest_slab, self.num_slabs))
 
     @property
     def max_kv_slabs(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, S
 from polymux.actors.prefix_cache import PrefixCache
 from polymux.actors.weights.load import ImageSource
 from polymux.actors.weights.residency import Residency, Switch
+from polymux.disagg.eviction import plan_release
+from polymux.disagg.views import CachedView
 from polymux.transport.errors import ConfigError, ModelNotFound, PolymuxError
 from polymux.transport.messages import ModelSpec
 from polymux.transport.region import Region
@@ -41,6 +44,20 @@ class EngineSettings:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+class Reclaimer(Protocol):
+    """Holds KV of the arena for work that may come: a prefix cache."""
+
+    @property
+    def num_bytes(self) -> int:
+        """In slabs that it could give back now."""
+
+    def value(self) -> float:
+        """Expected seconds that the least valuable of those slabs saves, a byte."""
+
+    def release(self, nbytes: int) -> int:
+        """Give slabs of at least so many bytes back to the arena, the least valuable first. How many bytes they were."""
+
+
 class Engine:
     """Not thread-safe: its worker's engine thread calls everything here."""
 
@@ -51,6 +68,8 @@ class Engine:
         self.blocks = BlockManager(self.arena)
         self.prefixes = PrefixCache(self.blocks, clock, is_enabled=settings.prefix_caching)
         self.residency = Residency(self.arena, source, clock, on_leave=self._unbind)
+        self.reclaimers: list[Reclaimer] = [self.prefixes]  # who else keeps bytes that may save work
+        self.arena.make_way = self._make_way
         self.specs: dict[ModelName, ModelSpec] = {}
         self._runner = ModelRunner(batch_invariant=settings.batch_invariant)
         self._bound: dict[ModelName, BoundModel] = {}
@@ -122,6 +141,17 @@ class Engine:
             return bool(torch.isfinite(logits).all())
         finally:
             self.pool(active).free(blocks)
+
+    def _make_way(self, offset: int) -> None:
+        """KV wants a slab where weights lie: whoever's bytes are worth least gives some, cached KV or the models past the reserve."""
+        caches = {f"cache {i}": reclaimer for i, reclaimer in enumerate(self.reclaimers)}
+        views = [CachedView(holder=name, nbytes=one.num_bytes, value=one.value()) for name, one in caches.items()]
+        for holder, nbytes in plan_release([*views, *self.residency.borrowed()], self.arena.slab_bytes):
+            if holder not in caches:
+                break
+            if caches[holder].release(nbytes) >= self.arena.slab_bytes:
+                return
+        self.residency.vacate(offset)
 
     def _bind(self, model: ModelName) -> BoundModel:
         """The model over its weights' present place; anew where a failed switch had evicted it and brought it back."""

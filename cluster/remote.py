@@ -17,6 +17,7 @@ from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, ModelConfig
 from polymux.cluster.sizing import num_threads, store_bytes
 from polymux.cluster.supervisor import Supervisor, WorkerHandle
+from polymux.transport import bulk_copy
 from polymux.transport.errors import PeerLost, PolymuxError, WorkerLost
 from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
@@ -133,6 +134,7 @@ class RayLauncher:
                 num_gpus=pool.num_gpus,
                 resources=dict(pool.resources),
                 max_concurrency=ACTOR_THREADS,
+                runtime_env={"env_vars": dict(bulk_copy.TUNABLES)},
             )
             .remote(config.log_level)
         )

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,8 +19,8 @@ from polymux.actors.arena import Arena, Span
 from polymux.actors.weights.image import ImageManifest
 from polymux.actors.weights.load import ImageSource, Load
 from polymux.actors.weights.loader import Loader
-from polymux.disagg.eviction import EvictionPlan, Popularity, cost_s, plan_room
-from polymux.disagg.views import ArenaView, ResidentView
+from polymux.disagg.eviction import EvictionPlan, Popularity, cost_s, plan_room, value
+from polymux.disagg.views import ArenaView, CachedView, ResidentView
 from polymux.transport.errors import OutOfMemory, PolymuxError
 from polymux.transport.messages import ModelSpec
 from polymux.transport.units import ModelName
@@ -119,6 +119,7 @@ class Residency:
             self._restore(former, spec.model)
             raise
         self.active, self._former = spec.model, former if resident.load is not None else None
+        self._note_kept()
         now_s = self.clock()
         self.popularity[spec.model] = self.popularity.get(spec.model, Popularity()).touched(now_s)
         was_prefetched, resident.is_prefetched, resident.used_s = resident.is_prefetched, False, now_s
@@ -159,7 +160,7 @@ class Residency:
         self.settle()
         if spec.model in self.residents:
             return False
-        view = self._view(wanted, may_evict_busy=False)
+        view = self._view(wanted, may_evict_busy=False, is_pinned=spec.is_pinned)
         plan = plan_room(view, spec.weight_bytes, move_bytes_per_s=self.bytes_per_s)
         if plan is None or cost_s(view, plan, self.bytes_per_s) >= spec.weight_bytes / self.bytes_per_s:
             return False
@@ -189,6 +190,41 @@ class Residency:
         self.arena.free_weights(resident.span)
         if self.active == model:
             self.active = None
+            self._note_kept()
+
+    def vacate(self, offset: int) -> None:
+        """Clear everything from `offset` on, which is past the reserve: idle models leave, the active one moves down."""
+        active = self.residents.get(self.active) if self.active is not None else None
+        for resident in [r for r in self.residents.values() if r.span.end > offset and r is not active]:
+            self.evict(resident.spec.model)
+        if active is None or active.span.end <= offset:
+            return
+        plan = self._plan_below(active, offset)
+        assert plan is not None, "weights that could not make way were said to be kept"
+        for victim in plan.victims:
+            self.evict(victim)
+        for move in plan.moves:
+            self._move(self.residents[move.model], move.offset)
+        self._move(active, plan.offset)
+
+    def borrowed(self) -> tuple[CachedView, ...]:
+        """The models that hold room past the reserve, with what a byte of each is worth."""
+        views = self._view((), may_evict_busy=False).residents
+        past = self.arena.weight_reserve_bytes
+        return tuple(CachedView(holder=r.model, nbytes=r.nbytes, value=value(r)) for r in views if r.offset + r.nbytes > past)
+
+    def _plan_below(self, resident: Resident, end: int) -> EvictionPlan | None:
+        """How a resident would come to lie below `end`, if anything but pinned models may leave for it."""
+        view = self._view((), may_evict_busy=True)
+        others = tuple(r for r in view.residents if r.model != resident.spec.model and r.offset + r.nbytes <= end)
+        return plan_room(replace(view, end=end, residents=others), resident.span.nbytes, move_bytes_per_s=self.bytes_per_s)
+
+    def _note_kept(self) -> None:
+        """The active model keeps what it borrowed while it is being loaded, and where pinned ones leave it no other place."""
+        active = self.residents.get(self.active) if self.active is not None else None
+        reserve = self.arena.weight_reserve_bytes
+        makes_way = active is None or active.span.end <= reserve or (active.load is None and self._plan_below(active, reserve) is not None)
+        self.arena.kept_end = 0 if makes_way or active is None else active.span.end
 
     def check(self) -> None:
         """Assert that the arena's ranges are the residents', and that there is an active one if the books say so."""
@@ -221,6 +257,7 @@ class Residency:
         self.bytes_per_s += _SMOOTHING * (load.bytes_per_s - self.bytes_per_s)
         if model == self.active:
             self._former = None
+            self._note_kept()
         loaded = Loaded(
             model=model,
             nbytes=resident.span.nbytes,
@@ -250,6 +287,7 @@ class Residency:
         assert resident.load is None, "weights that are being written do not move"
         resident.span = self.arena.move_weights(resident.span, offset)
         resident.weights = self.arena.memory[resident.span.offset : resident.span.end]
+        self._note_kept()
         self.on_leave(resident.spec.model)
 
     def _restore(self, former: ModelSpec | None, failed: ModelName) -> None:
@@ -278,7 +316,7 @@ class Residency:
     def _plan_switch(self, spec: ModelSpec, wanted: Collection[ModelName]) -> EvictionPlan:
         """The active model, and what is being loaded, leave only when nothing else makes room."""
         for may_evict_busy in (False, True):
-            view = self._view(wanted, may_evict_busy=may_evict_busy)
+            view = self._view(wanted, may_evict_busy=may_evict_busy, is_pinned=spec.is_pinned)
             plan = plan_room(view, spec.weight_bytes, move_bytes_per_s=self.bytes_per_s)
             if plan is not None:
                 return plan
@@ -287,13 +325,14 @@ class Residency:
             "kept for weights; raise the pool's arena_bytes"
         )
 
-    def _view(self, wanted: Collection[ModelName], *, may_evict_busy: bool) -> ArenaView:
+    def _view(self, wanted: Collection[ModelName], *, may_evict_busy: bool, is_pinned: bool = False) -> ArenaView:
+        """What a new model may be placed among. A pinned one stays inside the reserve, where nothing can ask it to move."""
         now_s = self.clock()
         former = self._former.model if self._former is not None else None
         turns = {r.spec.model: turn for turn, r in enumerate(sorted(self.residents.values(), key=lambda r: r.used_s), start=1)}
         return ArenaView(
             start=0,
-            end=self.arena.weight_reserve_bytes,  # past it KV may be wanted at any time, and nothing would evict weights for it
+            end=self.arena.weight_reserve_bytes if is_pinned else max(self.arena.border, self.arena.weight_reserve_bytes),
             residents=tuple(
                 ResidentView(
                     model=model,
@@ -304,7 +343,7 @@ class Residency:
                     has_work=model in wanted,
                     is_locked=resident.spec.is_pinned
                     or (not may_evict_busy and (model in (self.active, former) or resident.load is not None)),
-                    is_fixed=resident.load is not None,
+                    is_fixed=resident.load is not None or resident.spec.is_pinned,
                     turns_ahead=turns[model],
                 )
                 for model, resident in self.residents.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,11 +101,15 @@ def manifest_of(digest: str, data: bytes) -> ImageManifest:
     return ImageManifest(digest=digest, config_json="{}", dtype="float32", layout="plain", nbytes=len(data), entries=entries, groups=groups)
 
 
-def residency_of(images: FakeImages, num_groups: int, num_kv_slabs: int = 2, clock: Callable[[], float] | None = None) -> Residency:
-    """An arena that holds so many groups of weights."""
+def residency_of(images: FakeImages, num_groups: int, *, num_lent: int = 0, clock: Callable[[], float] = time.monotonic) -> Residency:
+    """An arena whose reserve holds so many groups of weights; beyond it `num_lent` slabs that they may borrow, and two taken by KV."""
     reserve = num_groups * GROUP_BYTES
-    arena = Arena(Region.create(reserve + num_kv_slabs * 64 * KIB), weight_reserve_bytes=reserve, slab_bytes=64 * KIB)
-    return Residency(arena, images) if clock is None else Residency(arena, images, clock)
+    arena = Arena(Region.create(reserve + (2 + num_lent) * GROUP_BYTES), weight_reserve_bytes=reserve, slab_bytes=GROUP_BYTES)
+    for _ in range(2):
+        arena.take_slab()
+    residency = Residency(arena, images, clock)
+    arena.make_way = residency.vacate
+    return residency
 
 
 @dataclass

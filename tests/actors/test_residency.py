@@ -148,7 +148,7 @@ def test_the_model_that_a_failed_switch_brought_back_still_computes(store: Weigh
 
     reserve = -(-large.weight_bytes // MIB) * MIB
     settings = EngineSettings(weight_reserve_bytes=reserve, slab_bytes=128 * KIB)
-    engine = Engine(Region.create(reserve + 32 * MIB), settings, LosesLarge(store))
+    engine = Engine(Region.create(reserve + 2 * MIB), settings, LosesLarge(store))
     for spec in (replace(large, max_model_len=64), replace(small, max_model_len=64)):
         engine.add_model(spec)
     engine.activate(SMALL)

@@ -45,10 +45,10 @@ class Store:
         manifest, fd = self._store.open(model)
         return OpenImage(manifest, fd, self.specs[model].weight_bytes)
 
-    def engine(self, *models: ModelName) -> Engine:
-        """One whose arena holds these models' weights at once."""
+    def engine(self, *models: ModelName, kv_bytes: int = MIB) -> Engine:
+        """One whose arena's reserve holds these models' weights at once."""
         reserve = -(-(sum(self.specs[model].weight_bytes for model in models) + 4 * KIB) // MIB) * MIB
-        engine = Engine(Region.create(reserve + 32 * MIB), EngineSettings(weight_reserve_bytes=reserve, slab_bytes=256 * KIB), self)
+        engine = Engine(Region.create(reserve + kv_bytes), EngineSettings(weight_reserve_bytes=reserve, slab_bytes=256 * KIB), self)
         for spec in self.specs.values():
             engine.add_model(spec)
         return engine
@@ -343,6 +343,81 @@ def test_models_with_work_are_moved_together_where_no_gap_is_large_enough() -> N
     images.close()
 
 
+# ---------------------------------------------------------------- room past the reserve
+
+
+def test_weights_borrow_room_that_no_kv_needs_and_make_way_for_it() -> None:
+    images = FakeImages({A: 5, B: 5})
+    residency = residency_of(images, 5, num_lent=5)
+    for model in "ab":
+        residency.switch(images.spec(model))
+    assert set(residency.residents) == {A, B} and residency.arena.num_free_slabs == 5
+    assert residency.arena.take_slab() is not None
+    assert set(residency.residents) == {B} and residency.active == B, "the idle model left, and the active one moved into the reserve"
+    assert bytes(residency.residents[B].weights.numpy()) == images.data[B]
+    residency.check()
+    residency.close()
+    images.close()
+
+
+def test_a_model_that_is_still_loading_keeps_what_it_borrowed_until_it_is_there(copy: HeldCopy) -> None:
+    images = FakeImages({A: 5, B: 5})
+    residency = residency_of(images, 5, num_lent=5)
+    for model in "aba":
+        residency.switch(images.spec(model))
+    residency.evict(B)
+    copy.num_begun, copy.hold_from = 0, 3
+    residency.switch(images.spec("b"))
+    assert residency.arena.num_free_slabs == 0 and residency.arena.take_slab() is None
+    copy.go.set()
+    residency.await_layer(5)
+    assert residency.arena.num_free_slabs == 5
+    residency.close()
+    images.close()
+
+
+class Cache:
+    """Cached KV of a given worth."""
+
+    def __init__(self, engine: Engine, worth: float) -> None:
+        self._arena, self._worth = engine.arena, worth
+        self.slabs = [engine.arena.take_slab(), engine.arena.take_slab()]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.slabs) * self._arena.slab_bytes
+
+    def value(self) -> float:
+        return self._worth
+
+    def release(self, nbytes: int) -> int:
+        for slab in self.slabs:
+            assert slab is not None
+            self._arena.return_slab(slab)
+        released, self.slabs = self.num_bytes, []
+        return released
+
+
+@pytest.mark.parametrize(("worth", "stays"), [(0.0, True), (1e9, False)])
+def test_kv_takes_the_room_of_cached_kv_or_of_borrowing_weights_by_what_a_byte_of_each_is_worth(
+    store: Store, worth: float, stays: bool
+) -> None:
+    engine = store.engine(OTHER, kv_bytes=4 * MIB)
+    cache = Cache(engine, worth)
+    engine.reclaimers = [cache]
+    for model in (SMALL, OTHER):
+        engine.activate(model)
+    borrowed = next(r for r in engine.residency.residents.values() if r.span.end > engine.arena.weight_reserve_bytes)
+    slabs = []
+    while (slab := engine.arena.take_slab()) is not None:
+        slabs.append(slab)
+        if slab * engine.arena.slab_bytes < borrowed.span.end or not cache.slabs or len(engine.residency.residents) < 2:
+            break
+    assert (len(engine.residency.residents) == 2) == stays and bool(cache.slabs) != stays
+    engine.residency.check()
+    engine.close()
+
+
 # ---------------------------------------------------------------- anything, in any order
 
 
@@ -351,17 +426,20 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("switch"), st.sampled_from(sorted(SIZES)), st.sampled_from(["", "", "", "lost", "damaged", "short"])),
     st.tuples(st.just("prefetch"), st.sampled_from(sorted(SIZES)), st.sampled_from(["", "", "lost", "damaged"])),
     st.tuples(st.just("evict"), st.sampled_from(sorted(SIZES)), st.just("")),
-    st.tuples(st.just("read"), st.just(A), st.just("")),
+    st.tuples(st.sampled_from(["read", "take", "take", "return"]), st.just(A), st.just("")),
 )
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(operations=st.lists(OPERATIONS, min_size=1, max_size=25), pinned=st.sampled_from(["", "a", "b"]))
+@given(
+    operations=st.lists(OPERATIONS, min_size=1, max_size=25), pinned=st.sampled_from(["", "a", "b"]), num_lent=st.sampled_from([0, 4, 9])
+)
 def test_whatever_is_switched_prefetched_evicted_or_fails_the_books_and_the_bytes_are_right(
-    operations: list[tuple[str, ModelName, str]], pinned: str, copy: HeldCopy
+    operations: list[tuple[str, ModelName, str]], pinned: str, num_lent: int, copy: HeldCopy
 ) -> None:
     images = FakeImages(SIZES)
-    residency = residency_of(images, 12)
+    residency = residency_of(images, 12, num_lent=num_lent)
+    slabs: list[int] = []
     try:
         for operation, model, fault in operations:
             active = residency.active
@@ -380,6 +458,13 @@ def test_whatever_is_switched_prefetched_evicted_or_fails_the_books_and_the_byte
                 residency.evict(model)
             elif operation == "read" and active is not None:
                 residency.await_layer(len(images.data[active]) // GROUP_BYTES)
+            elif operation == "take":
+                num_free, slab = residency.arena.num_free_slabs, residency.arena.take_slab()
+                assert (slab is not None) == (num_free > 0), "KV was promised a slab that weights kept"
+                assert residency.active == active
+                slabs += [slab] if slab is not None else []
+            elif operation == "return" and slabs:
+                residency.arena.return_slab(slabs.pop())
             residency.check()
             for name, resident in residency.residents.items():
                 if resident.load is None:
