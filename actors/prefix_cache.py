@@ -3,6 +3,7 @@
 A tree for each model and salt: an edge is the tokens of one block, so a hit is by equality and no two prefixes can be taken for each other.
 Models are told apart by the digest of their weights and the layout of their KV; salts are kept apart altogether. A cached block that
 nobody holds is idle in its pool (`kv_blocks.py`) and goes as soon as its room is wanted: the one that loses least (`Shelf.value`) first.
+Where there is a host tier it goes there (`host_prefixes.py`), and comes back when it is found.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
+from polymux.actors.host_prefixes import HostPrefixes
 from polymux.actors.kv_blocks import BlockManager, BlockPool
 from polymux.disagg.cost import Roofline, guess_prefill
 from polymux.disagg.reuse import Worth
@@ -93,6 +95,7 @@ class PrefixCache:
         self.num_evicted = 0
         self._marks = NO_IDS
         self._marks_at, self._marks_s = 0, -math.inf  # after which change, and when
+        self.host: HostPrefixes | None = None  # the second level, where there is one
         if is_enabled:
             blocks.reclaim_from(self)
 
@@ -106,22 +109,40 @@ class PrefixCache:
             return []
         if not first_block:
             shelf.worth = shelf.worth.touched(self._clock())
+        edges = list(blocks_of(tokens, spec.kv.block_size, num_matchable(tokens, spec.kv.block_size)))
         end: Prefix | None = shelf.roots.get(salt)
         found: list[int] = []
-        for edge in blocks_of(tokens, spec.kv.block_size, num_matchable(tokens, spec.kv.block_size)):
-            child = end.children.get(edge) if end is not None else None
-            if child is None:
-                break
+        while len(found) < len(edges) and end is not None and (child := end.children.get(edges[len(found)])) is not None:
             end = child
             found.append(child.block_id)
-        if end is None or len(found) <= first_block:
+        if found and end is not None:
+            self._touch(shelf, end)
+        if len(found) < first_block:
             return []
-        self._touch(shelf, end)
-        shelf.pool.share(found[first_block:])
+        shelf.pool.share(found)
+        found += self._from_host(shelf, salt, edges, found)
+        shelf.pool.free(found[:first_block])
         return found[first_block:]
 
+    def _from_host(self, shelf: Shelf, salt: str, edges: Sequence[bytes], found: Sequence[int]) -> list[int]:
+        """The blocks that go on from those found, brought back from the host tier and cached again; the caller holds them."""
+        if self.host is None or not self.host.num_blocks:
+            return []
+        digests: list[bytes] = []
+        digest = shelf.by_id[found[-1]].digest if found else root(shelf.spec, salt)
+        for edge in edges[len(found) :]:
+            digest = extend(digest, edge)
+            if not self.host.has(shelf.spec.kv, digest):
+                break
+            digests.append(digest)
+        loaded = self.host.load(shelf.pool, digests) if digests else []
+        if loaded:
+            whole = [*found, *loaded]
+            self.insert(shelf.spec, salt, b"".join(edges[: len(whole)]), whole)
+        return loaded
+
     def has(self, digest: bytes) -> bool:
-        """Is it worth a `match`? The digest is of a prefix's chain (`prefix.chain`); only `match` compares tokens."""
+        """Is it worth a `match`, for blocks on the device? The digest is of a prefix's chain; only `match` compares tokens."""
         return digest in self._digests
 
     def insert(self, spec: ModelSpec, salt: str, tokens: bytes, block_ids: Sequence[int]) -> None:
@@ -230,6 +251,9 @@ class PrefixCache:
         del parent.children[block.tokens]
         if isinstance(parent, Root) and not parent.children:
             del shelf.roots[parent.salt]
+        if self.host is not None and shelf.worth.pays_a_copy:
+            for one in gone:
+                self.host.put(shelf.pool, one.block_id, one.digest)
         self.num_evicted += len(gone)
         shelf.pool.uncache([one.block_id for one in gone])
 
@@ -244,13 +268,16 @@ class PrefixCache:
         change, now_s = self.num_inserted + self.num_evicted, self._clock()
         if self._marks_at != change and now_s - self._marks_s >= max_age_s:
             lines = [((-block.used_s, block.digest) for block in reversed(shelf.line)) for shelf in self._shelves.values()]
-            newest = islice(heapq.merge(*lines, key=lambda one: one[0]), MAX_CACHED_MARKS)
-            self._marks = pack_ids(mark(digest) for _, digest in newest)
+            newest = (digest for _, digest in heapq.merge(*lines, key=lambda one: one[0]))
+            below = self.host.newest() if self.host is not None else ()
+            self._marks = pack_ids(mark(digest) for digest in islice(chain(newest, below), MAX_CACHED_MARKS))
             self._marks_at, self._marks_s = change, now_s
         return self._marks
 
     def check(self) -> None:
         """Assert that trees, lines and pools say the same."""
+        if self.host is not None:
+            self.host.check()
         for shelf in self._shelves.values():
             seen: set[Block] = set()
             below: list[Prefix] = list(shelf.roots.values())

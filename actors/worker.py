@@ -18,6 +18,7 @@ from polymux.actors.costs import CostFile, device_kind
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.grants import Grants
+from polymux.actors.host_prefixes import HostPrefixes
 from polymux.actors.host_tier import HostTier
 from polymux.actors.kept import KEEP_S, KeptSequences
 from polymux.actors.local_orders import LocalOrders
@@ -111,6 +112,8 @@ class Worker:
         self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
         self._tier = HostTier.attach(settings.store_address, settings.token)
         self._copier = Copier(self._mailbox.tell) if self._tier is not None else None
+        if self._tier is not None and settings.engine.prefix_caching:
+            self._engine.prefixes.host = HostPrefixes(self._tier)
         self._server = WorkerServer(
             worker_id=settings.worker_id,
             token=settings.token,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from polymux.disagg.cost import Roofline
 from polymux.disagg.eviction import Popularity
 
 REUSE_HALF_LIFE_S = 120.0  # a prefix that was not used for so long is half as likely to be
@@ -17,6 +18,11 @@ class Worth:
     seconds: float  # to compute one block again
     nbytes: int  # of one block
     popularity: Popularity = field(default_factory=Popularity)
+
+    @property
+    def pays_a_copy(self) -> bool:
+        """Are two copies of a block, to the host and back, quicker than computing it again?"""
+        return 2 * self.nbytes / Roofline().copy_bytes_per_s < self.seconds
 
     def touched(self, now_s: float) -> Worth:
         """A prompt of this model came."""

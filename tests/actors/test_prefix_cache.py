@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from polymux.actors.arena import Arena, Span
+from polymux.actors.host_prefixes import HostPrefixes
+from polymux.actors.host_tier import HostTier
 from polymux.actors.kv_blocks import BlockManager
 from polymux.actors.prefix_cache import PrefixCache
 from polymux.disagg.reuse import REUSE_HALF_LIFE_S, Worth
 from polymux.transport.errors import NoFreeBlocks, OutOfMemory
+from polymux.transport.host_tier import OpenTier, SlabLeases, TierMemory
 from polymux.transport.messages import KVLayout, ModelSpec
 from polymux.transport.prefix import marks_of
 from polymux.transport.region import Region
@@ -48,12 +51,18 @@ class Clock:
 class Workbench:
     """A cache over an arena, and prompts that are "computed": each block's first number names the prefix that it holds the KV of."""
 
-    def __init__(self, nbytes: int = 2 * MIB, *, is_enabled: bool = True) -> None:
+    def __init__(self, nbytes: int = 2 * MIB, *, host_bytes: int = 0, is_enabled: bool = True) -> None:
         self.arena = Arena(Region.create(nbytes), weight_reserve_bytes=256 * KIB, slab_bytes=128 * KIB)
         self.blocks = BlockManager(self.arena)
         self.clock = Clock()
         self.cache = PrefixCache(self.blocks, self.clock, is_enabled=is_enabled)
         self.names: dict[object, int] = {}
+        self.tier: HostTier | None = None
+        if host_bytes:
+            memory = TierMemory(host_bytes, 128 * KIB)
+            slab_bytes, fd = memory.open()
+            self.tier = HostTier(SlabLeases(OpenTier(fd, memory.nbytes, slab_bytes)))
+            self.cache.host = HostPrefixes(self.tier)
 
     def name(self, spec: ModelSpec, salt: str, tokens: Sequence[int]) -> float:
         return float(self.names.setdefault((spec.digest, spec.kv, salt, tuple(tokens)), len(self.names) + 1))
@@ -89,6 +98,9 @@ class Workbench:
     def check(self) -> None:
         self.blocks.check()
         self.cache.check()
+        if self.tier is not None:
+            self.tier.blocks.check()
+            assert self.tier.blocks.num_out == 0
 
 
 def prompt(*symbols: int, rest: int = 1) -> list[int]:
@@ -211,6 +223,48 @@ def test_the_router_is_told_what_was_used_last() -> None:
     expected = [unpack_ids(marks_of(spec, "s", [pack_ids(prompt(1, 2))])) for spec in SPECS]
     assert set(marks) == {mark for one in expected for mark in one}
     assert set(marks[:2]) == set(expected[-1])
+
+
+def test_what_leaves_the_arena_comes_back_from_the_host_tier() -> None:
+    bench = Workbench(host_bytes=4 * MIB)
+    for spec in SPECS:
+        bench.serve(spec, prompt(1, 2, 3), "s")
+        bench.cache.release(1 << 40)
+        assert bench.cache.num_blocks == 0
+        marks = unpack_ids(bench.cache.marks())
+        assert marks[:3] != [] and set(unpack_ids(marks_of(spec, "s", [pack_ids(prompt(1, 2, 3))]))) <= set(marks)
+        assert bench.serve(spec, prompt(1, 2, 3), "t") == 0
+        assert bench.serve(spec, prompt(1, 2, 7), "s") == 2 * BLOCK_SIZE
+        assert bench.serve(spec, prompt(1, 2, 3), "s") == 3 * BLOCK_SIZE
+    assert bench.cache.host is not None and bench.cache.host.num_blocks >= 9
+
+
+def test_a_prefix_may_lie_on_both_levels() -> None:
+    bench = Workbench(host_bytes=4 * MIB)
+    pool = bench.blocks.pool(SMALL)
+    bench.serve(BASE, prompt(1, 2, 3, 4))
+    held, _ = bench.begin(BASE, "", prompt(1, 2))
+    pool.free(pool.allocate(pool.num_free))
+    assert bench.cache.num_blocks == 2
+    found = bench.cache.match(BASE, "", pack_ids(prompt(1, 2, 3, 4)), first_block=1)
+    assert len(found) == 3
+    pool.free(found + held)
+    assert bench.serve(BASE, prompt(1, 2, 3, 4)) == 4 * BLOCK_SIZE
+
+
+def test_cached_blocks_leave_half_of_the_host_tier_and_give_the_rest_to_swaps() -> None:
+    bench = Workbench(host_bytes=1 * MIB)
+    pool = bench.blocks.pool(SMALL)
+    for symbol in range(200):
+        bench.serve(BASE, prompt(symbol))
+        pool.free(pool.allocate(pool.num_free))
+    assert bench.tier is not None and bench.tier.num_free_slabs * 2 >= bench.tier.max_kv_slabs - 2
+    assert bench.serve(BASE, prompt(199)) == BLOCK_SIZE and bench.serve(BASE, prompt(0)) == 0
+    host = bench.tier.pool(ODD)
+    assert host is not None
+    host.free(host.allocate(bench.tier.max_kv_slabs * host.blocks_per_slab))
+    assert bench.cache.host is not None and bench.cache.host.num_blocks <= 16  # a slab, which was not needed after all
+    bench.check()
 
 
 def test_slabs_go_back_to_whoever_wants_bytes_the_least_valuable_first() -> None:
@@ -362,5 +416,23 @@ class CacheMachine(RuleBasedStateMachine):
         self.bench.check()
 
 
+class TieredMachine(CacheMachine):
+    """The same over a host tier of few slabs, which swaps want too."""
+
+    @initialize()
+    def start(self) -> None:
+        super().start()
+        self.bench = Workbench(1 * MIB, host_bytes=512 * KIB)
+
+    @rule(spec=st.sampled_from(SPECS), share=st.floats(0, 1))
+    def swap(self, spec: ModelSpec, share: float) -> None:
+        assert self.bench.tier is not None
+        host = self.bench.tier.pool(spec.kv)
+        assert host is not None
+        host.free(host.allocate(int(host.num_free * share)))
+
+
 TestPrefixCache = CacheMachine.TestCase
+TestTieredPrefixCache = TieredMachine.TestCase
+TestTieredPrefixCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPrefixCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

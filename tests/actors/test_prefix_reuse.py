@@ -10,7 +10,7 @@ from worker_pair import GREEDY, NAMES, Pair, prompt_of, running_pair
 
 from polymux.actors.worker import Worker
 from polymux.transport.messages import Cancel, ModelSpec, SamplingParams
-from polymux.transport.units import BLOCK_SIZE, KIB, SequenceId
+from polymux.transport.units import BLOCK_SIZE, KIB, MIB, SequenceId
 
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=3, ignore_eos=True, repetition_penalty=1.1)
 Ask = tuple[ModelSpec, list[int], SamplingParams]
@@ -76,9 +76,10 @@ async def test_tokens_are_the_same_to_the_bit_whatever_was_cached(expected: list
         assert all(cached == (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for (_, cached), (_, prompt, _) in zip(again, asks, strict=True))
 
 
-async def test_tokens_are_the_same_while_the_cache_loses_blocks_all_the_time(expected: list[list[int]]) -> None:
+@pytest.mark.parametrize("host_kv_bytes", [0, 8 * MIB], ids=["dropped", "to-the-host"])
+async def test_tokens_are_the_same_while_the_arena_loses_blocks_all_the_time(expected: list[list[int]], host_kv_bytes: int) -> None:
     kv_bytes = 512 * KIB
-    async with running_pair(batch_invariant=True, prefill_kv_bytes=kv_bytes, decode_kv_bytes=kv_bytes) as pair:
+    async with running_pair(batch_invariant=True, prefill_kv_bytes=kv_bytes, decode_kv_bytes=kv_bytes, host_kv_bytes=host_kv_bytes) as pair:
         for _ in range(2):
             got = await asyncio.gather(*(served(pair, ask) for ask in asks_of(pair)))
             assert [tokens for tokens, _ in got] == expected
@@ -86,6 +87,9 @@ async def test_tokens_are_the_same_while_the_cache_loses_blocks_all_the_time(exp
         prefixes = pair.prefill._engine.prefixes
         assert prefixes.num_evicted > 0
         prefixes.check()
+        if prefixes.host is not None:  # it had room for all, so nothing was computed twice
+            assert prefixes.host.num_blocks > 0
+            assert [cached for _, cached in got] == [(len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for _, prompt, _ in asks_of(pair)]
 
 
 async def test_an_answer_is_cached_too_for_the_conversation_that_goes_on() -> None:
