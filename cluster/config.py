@@ -21,11 +21,11 @@ from polymux.cluster.quantities import AutoBytes, AutoCount, AutoSize, Bytes, Se
 from polymux.cluster.validation import Section, validated
 from polymux.disagg.multiplex import TurnPolicy
 from polymux.disagg.prefill import PrefillPolicy, prefill_policy
+from polymux.disagg.slo import CLASSES
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-SLO_CLASSES = {"interactive": (10.0, 0.1), "batch": (600.0, 1.0)}  # TTFT and TPOT, seconds
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,127}$"
 _HASHED = "sha256:"
 
@@ -44,8 +44,8 @@ class ModelConfig(Section):
     @property
     def slos(self) -> tuple[float, float]:
         """TTFT and TPOT in seconds, class defaults filled in."""
-        ttft_s, tpot_s = SLO_CLASSES[self.slo]
-        return self.ttft_slo_s or ttft_s, self.tpot_slo_s or tpot_s
+        slo = CLASSES[self.slo]
+        return self.ttft_slo_s or slo.ttft_s, self.tpot_slo_s or slo.tpot_s
 
 
 class PoolConfig(Section):

@@ -35,6 +35,7 @@ ModelName = Annotated[str | None, typer.Option("--model", "-m", help="default: t
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's", show_default=False)]
 MaxTokens = Annotated[int | None, typer.Option(help="tokens to make, at most", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="makes the answer repeatable", show_default=False)]
+Slo = Annotated[str | None, typer.Option(help="interactive or batch: how soon tokens are wanted; default: the model's", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 LogLevel = Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR", show_default=False)]
 
@@ -100,6 +101,7 @@ def chat(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
+    slo: Slo = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
 ) -> None:
@@ -107,7 +109,7 @@ def chat(
     from polymux.deploy.cli_chat import Conversation, chat_once, read_input
     from polymux.deploy.client import Client
 
-    params = _params(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    params = _params(temperature=temperature, max_tokens=max_tokens, seed=seed, slo=slo)
     text = read_input(message)
     with Client(base_url, api_key) as client:
         if text is None:
@@ -123,6 +125,7 @@ def complete(
     temperature: Temperature = None,
     max_tokens: MaxTokens = 128,
     seed: Seed = None,
+    slo: Slo = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
 ) -> None:
@@ -130,7 +133,7 @@ def complete(
     from polymux.deploy.cli_chat import complete_once, read_input
     from polymux.deploy.client import Client
 
-    params = _params(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    params = _params(temperature=temperature, max_tokens=max_tokens, seed=seed, slo=slo)
     with Client(base_url, api_key) as client:
         complete_once(client, model, read_input(prompt) or "", params, out)
 

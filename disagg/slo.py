@@ -29,6 +29,9 @@ class SLO:
         return ttft_s is not None and ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
 
 
+CLASSES = {"interactive": SLO(ttft_s=10.0, tpot_s=0.1), "batch": SLO(ttft_s=600.0, tpot_s=1.0)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """One request's end. `token_times_s` are since its arrival, in order; `num_due` is how many tokens it should have made.

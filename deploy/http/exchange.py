@@ -12,11 +12,11 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
 from polymux.deploy.http.generation import Envelope
+from polymux.deploy.http.openai import MAX_SLO_MS
 from polymux.deploy.http.settings import HttpSettings
 from polymux.transport.errors import Cancelled, DeadlineExceeded, InvalidRequest, RequestTooLarge
 
 _PUBLIC_ID = re.compile(r"[\x21-\x7e]{1,128}")
-MAX_SLO_MS = 86_400_000.0
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from polymux.actors.weights.generation import generation_defaults
 from polymux.actors.weights.json_file import read_object
-from polymux.deploy.http.openai import INT64, ChatCompletionRequest, CompletionRequest, GenerationRequest
+from polymux.deploy.http.openai import INT64, ChatCompletionRequest, CompletionRequest, GenerationRequest, SloTarget
 from polymux.deploy.http.settings import HttpSettings
 from polymux.transport.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from polymux.transport.messages import ModelSpec, SamplingParams
@@ -110,7 +110,7 @@ def plan(
             sequences.append(SequencePlan(prompt_ids=packed, num_prompt_tokens=len(prompt), sampling=seeded))
     salt = salt_of(envelope.tenant, body.cache_salt or "")
     return Generation(
-        envelope=envelope,
+        envelope=_with_slo(envelope, body.slo),
         model=spec.model,
         sequences=tuple(sequences),
         choices_per_prompt=body.n,
@@ -118,6 +118,17 @@ def plan(
         stop=tuple(body.stop),
         cache_salt=salt,
         prefix_hashes=marks_of(spec, salt, (one.prompt_ids for one in sequences)),
+    )
+
+
+def _with_slo(envelope: Envelope, slo: SloTarget | None) -> Envelope:
+    """What the body says of deadlines, where no header does."""
+    if slo is None:
+        return envelope
+    return replace(
+        envelope,
+        ttft_slo_s=envelope.ttft_slo_s or (slo.ttft_ms and slo.ttft_ms / 1e3),
+        tpot_slo_s=envelope.tpot_slo_s or (slo.tpot_ms and slo.tpot_ms / 1e3),
     )
 
 

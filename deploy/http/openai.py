@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
+from polymux.disagg.slo import CLASSES
 from polymux.transport.errors import InvalidRequest
 
 Neutral = dict[str, tuple[Any, ...]]
@@ -35,6 +36,7 @@ MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
 MAX_DETOKENIZED = 1 << 18
 INT64 = 1 << 63
+MAX_SLO_MS = 86_400_000.0  # a day
 
 # Fields of the OpenAI specification (and of vLLM's extensions) that are refused, with the values that ask for nothing.
 NEUTRAL_SHARED: Neutral = {"metadata": ({},), "priority": (0,), "store": (False,)}
@@ -217,6 +219,40 @@ Prompts = Annotated[
 ]
 
 
+class SloTarget(Body):
+    """Milliseconds, as in the headers; what is left out is the model's."""
+
+    ttft_ms: float | None = Field(default=None, gt=0, le=MAX_SLO_MS)
+    tpot_ms: float | None = Field(default=None, gt=0, le=MAX_SLO_MS)
+
+
+def _slo(value: Any) -> Any:
+    """A class as its numbers."""
+    if not isinstance(value, str):
+        return value
+    if value not in CLASSES:
+        raise ValueError(f"{value[:40]!r} is no class; there are {', '.join(sorted(CLASSES))}")
+    return {"ttft_ms": CLASSES[value].ttft_s * 1e3, "tpot_ms": CLASSES[value].tpot_s * 1e3}
+
+
+Slo = Annotated[
+    SloTarget,
+    BeforeValidator(_slo),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": sorted(CLASSES)},
+                {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {name: {"type": "number", "exclusiveMinimum": 0} for name in ("ttft_ms", "tpot_ms")},
+                },
+            ]
+        }
+    ),
+]
+
+
 class GenerationRequest(Body):
     """What both generation endpoints share."""
 
@@ -248,6 +284,9 @@ class GenerationRequest(Body):
     stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] | None = None
     cache_salt: str | None = Field(
         default=None, min_length=1, max_length=512, description="only requests of one API key and one salt share cached prompts"
+    )
+    slo: Slo | None = Field(
+        default=None, description="interactive, batch, or an object of ttft_ms and tpot_ms, in place of the model's; headers outrank it"
     )
     user: str | None = Field(default=None, max_length=512, description="written to the access log")
     request_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._:-]{1,128}$", description="becomes part of the response's id")

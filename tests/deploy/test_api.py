@@ -201,6 +201,32 @@ async def test_slo_and_deadline_headers_reach_controller_and_worker(client: http
     assert command.ttft_slo_s == 0.25
 
 
+@pytest.mark.parametrize(
+    ("slo", "headers", "wanted"),
+    [
+        ("batch", {}, (600.0, 1.0)),
+        ("interactive", {}, (10.0, 0.1)),
+        ({"ttft_ms": 250, "tpot_ms": 12.5}, {}, (0.25, 0.0125)),
+        ({"tpot_ms": 20}, {}, (None, 0.02)),
+        ("batch", {"x-slo-tpot-ms": "50"}, (600.0, 0.05)),
+    ],
+)
+async def test_a_body_may_name_a_class_or_numbers_and_a_header_outranks_it(
+    client: httpx.AsyncClient, stack: ZeroStack, slo: Any, headers: dict[str, str], wanted: tuple[float | None, float]
+) -> None:
+    response = await client.post("/v1/completions", json={**PROMPT, "slo": slo}, headers=headers)
+    assert response.status_code == 200, response.text
+    ask = stack.control.asks[0]
+    assert (ask.ttft_slo_s, ask.tpot_slo_s) == wanted
+
+
+@pytest.mark.parametrize("slo", ["soon", {"ttft_ms": 0}, {"ttft": 1}, {"tpot_ms": "fast"}, 3])
+async def test_an_slo_that_is_none_is_refused_by_name(client: httpx.AsyncClient, slo: Any) -> None:
+    response = await client.post("/v1/completions", json={**PROMPT, "slo": slo})
+    assert response.status_code == 400
+    assert error_in(response)["param"].split(".")[0] == "slo", response.text
+
+
 @pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-request-timeout-s"])
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
 async def test_a_header_that_is_no_duration_is_refused_by_name(client: httpx.AsyncClient, name: str, value: str) -> None:
