@@ -120,7 +120,9 @@ class PrefixCache:
         if len(found) < first_block:
             return []
         shelf.pool.share(found)
-        found += self._from_host(shelf, salt, edges, found)
+        num_wanted = spec.kv.num_blocks(len(tokens) // TOKEN_BYTES) - len(found)
+        if num_wanted <= shelf.pool.num_free:  # else the caller will wait, and copies would be in vain
+            found += self._from_host(shelf, salt, edges, found)
         shelf.pool.free(found[:first_block])
         return found[first_block:]
 

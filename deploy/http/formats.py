@@ -42,9 +42,10 @@ def dumps(value: Any) -> str:
 
 
 def usage(request: OpenRequest) -> dict[str, Any]:
-    """Tokens so far. Each prompt counts once, however many choices it has."""
+    """Tokens so far. Each prompt counts once, however many choices it has; what one of them computed was not cached for the request."""
     num_prompt, num_output = request.generation.num_prompt_tokens, request.num_output_tokens
-    cached = sum(choice.num_cached_tokens for choice in request.choices[:: request.generation.choices_per_prompt])
+    counts, per_prompt = [choice.num_cached_tokens for choice in request.choices], request.generation.choices_per_prompt
+    cached = sum(min(counts[first : first + per_prompt]) for first in range(0, len(counts), per_prompt))
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
