@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polymux.transport.errors import ModelNotFound, Overloaded, PolymuxError
+from polymux.transport.errors import InvalidRequest, ModelNotFound, Overloaded, PolymuxError
 from polymux.transport.messages import (
     Admit,
     Cancel,
@@ -121,6 +121,16 @@ class ZeroWorker:
         self.decode_server.close()
         self._thread.join(5.0)
 
+    def move(self) -> None:
+        """Give every sequence up, as a worker that is being emptied does."""
+        with self._lock:
+            given_up, self._running = list(self._running.items()), {}
+            for sequence_id, one in given_up:
+                update = SequenceUpdate(sequence_id=sequence_id, index=one.index, token_ids=(), moved=True)
+                self.decode_server.send(
+                    one.client_id, TokenFrame(worker_id=self.decode.worker_id, epoch=self.decode.epoch, updates=(update,))
+                )
+
     def _command(self, client_id: ClientId, command: Generate | Cancel) -> None:
         with self._lock:
             if isinstance(command, Cancel):
@@ -153,7 +163,7 @@ class ZeroWorker:
         frames: defaultdict[tuple[WorkerServer, Peer, ClientId], list[SequenceUpdate]] = defaultdict(list)
         with self._lock:
             for sequence_id, one in list(self._running.items()):
-                is_first = one.index == len(one.command.output_ids) // 4
+                is_first = one.command.handover is None and one.index == len(one.command.output_ids) // 4
                 first = self.neighbours.get(one.command.prefill.worker_id) if is_first else None
                 sender = (first.prefill_server, first.prefill) if first else (self.decode_server, self.decode)
                 update = self._next(sequence_id, one)
@@ -195,6 +205,8 @@ class ZeroControl:
     asks: list[Admit] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
     heartbeats: int = 0
+    emptied: list[WorkerId] = field(default_factory=list)  # where no sequence that moves is placed
+    drained: list[WorkerId] = field(default_factory=list)
     refusal: PolymuxError | None = None
     is_ready: bool = True
 
@@ -204,7 +216,8 @@ class ZeroControl:
             raise self.refusal
         if ask.model not in {spec.model for spec in self.specs}:
             raise ModelNotFound(f"model {ask.model!r} is not registered")
-        able = [pair for pair in self.pairs if not {peer.worker_id for peer in pair} & set(ask.excluded)]
+        avoided = {*ask.excluded, *(self.emptied if ask.moving else ())}
+        able = [pair for pair in self.pairs if not {peer.worker_id for peer in pair} & avoided]
         if not able:
             raise Overloaded("every worker is excluded", retry_after_s=1.0)
         prefill, decode = able[0]
@@ -226,6 +239,11 @@ class ZeroControl:
     async def topology(self) -> dict[str, Any]:
         reasons = () if self.is_ready else ("no decode worker",)
         return {"is_ready": self.is_ready, "reasons": reasons, "workers": (), "models": ()}
+
+    async def drain(self, worker_id: WorkerId, timeout_s: float) -> None:
+        if worker_id not in {peer.worker_id for pair in self.pairs for peer in pair}:
+            raise InvalidRequest(f"worker {worker_id!r} is not serving", param="worker")
+        self.drained.append(worker_id)
 
     async def timeline(self, look: LookBack) -> dict[str, Any]:
         return {"within_s": look.within_s, "columns": [], "lanes": []}

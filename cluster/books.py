@@ -284,6 +284,19 @@ class DecodeBook(WorkerBook):
         """Sequences without committed KV, and the tokens of their prompts."""
         return self._reported_queue[0] + len(self.unsettled), self._reported_queue[1] + self.unsettled_prompt_tokens
 
+    def running(self) -> dict[ModelName, DecodeModelView]:
+        """What decoded at the last report. A sequence whose prompt still waits is no load here yet, unlike in `view`."""
+        found: dict[ModelName, DecodeModelView] = {}
+        for load in self.reported.loads if self.reported else ():
+            if load.num_running and (work := self._work.get(load.model)) is not None:
+                base, per_seq, per_token = self.costs[load.model]
+                step_s = base + per_seq * min(load.num_running, self._max_num_seqs) + per_token * load.kv_tokens
+                tpot_slo_s = min(work.tpots)
+                found[load.model] = DecodeModelView(
+                    num_seqs=load.num_running, kv_tokens=load.kv_tokens, tpot_slo_s=tpot_slo_s, step_s=step_s
+                )
+        return found
+
     def view(self) -> DecodeWorkerView:
         if self._view is None:
             self._view = self._viewed()

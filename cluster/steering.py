@@ -99,11 +99,11 @@ class Steering:
 
 
 def _role_view(member: Member, now_s: float) -> RoleWorkerView:
-    decode = member.decode.view()
+    running = member.decode.running()
     return RoleWorkerView(
         worker_id=member.main.hello.worker_id,
         roles=member.roles,
         prefill_s=max(0.0, member.prefill.busy_until_s - now_s),
-        decode_load=decode.load,
-        num_seqs=decode.num_seqs,
+        decode_load=sum(one.step_s / one.tpot_slo_s for one in running.values()),
+        num_seqs=sum(one.num_seqs for one in running.values()),
     )

@@ -169,6 +169,21 @@ def timeline(
 
 
 @app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="its id, such as decode-1; /v1/polymux/topology lists them")],
+    timeout: Annotated[float, typer.Option(min=0.1, max=600.0, help="seconds for its sequences to move or end")] = 60.0,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Empty a worker, then stop it: what it runs goes on elsewhere, and no client notices."""
+    from polymux.deploy.client import Client
+
+    with Client(base_url, api_key) as client:
+        client.drain(worker, timeout)
+    out.print(f"worker {worker} is empty and has stopped", markup=False, highlight=False)
+
+
+@app.command()
 def version() -> None:
     """The version of this installation."""
     out.print(f"polymux {polymux.__version__}", highlight=False)

@@ -23,7 +23,7 @@ import httpx
 
 from polymux.deploy.sdk_stream import AsyncStream, Stream
 from polymux.deploy.sdk_types import ChatCompletion, Chunk, Completion, Model, Readiness, Result, Tokens, Usage
-from polymux.deploy.sdk_wire import Attempts, ClientSettings, Messages, chat_body, completion_body, error_of, transport_error
+from polymux.deploy.sdk_wire import Attempts, ClientSettings, Messages, chat_body, completion_body, drain_path, error_of, transport_error
 from polymux.transport.errors import PolymuxError
 
 __all__ = [
@@ -106,6 +106,10 @@ class Client:
     def timeline(self, seconds: float = 300.0, limit: int = 4096) -> dict[str, Any]:
         """What every worker did in the last `seconds`, as `polymux timeline` draws it; the newest `limit` spans of each."""
         return dict(self._send("GET", f"/v1/polymux/timeline?format=json&seconds={seconds:g}&limit={limit}").json())
+
+    def drain(self, worker: str, timeout_s: float = 60.0) -> None:
+        """Empty a worker, then stop it; its clients notice nothing. Raises InvalidRequest for one that nobody could stand in for."""
+        self._send("POST", drain_path(worker, timeout_s))
 
     def close(self) -> None:
         self._http.close()
@@ -209,6 +213,10 @@ class AsyncClient:
     async def topology(self) -> dict[str, Any]:
         """Workers, models and totals, as the controller sees them."""
         return dict((await self._send("GET", "/v1/polymux/topology")).json())
+
+    async def drain(self, worker: str, timeout_s: float = 60.0) -> None:
+        """Empty a worker, then stop it; its clients notice nothing. Raises InvalidRequest for one that nobody could stand in for."""
+        await self._send("POST", drain_path(worker, timeout_s))
 
     async def timeline(self, seconds: float = 300.0, limit: int = 4096) -> dict[str, Any]:
         """What every worker did in the last `seconds`, as `polymux timeline` draws it; the newest `limit` spans of each."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -76,6 +77,10 @@ class ClientSettings:
 
     def timeout(self) -> httpx.Timeout:
         return httpx.Timeout(self.timeout_s, connect=self.connect_timeout_s)
+
+
+def drain_path(worker: str, timeout_s: float) -> str:
+    return f"/v1/polymux/workers/{quote(worker, safe='')}/drain?timeout_s={timeout_s:g}"
 
 
 def chat_body(model: str, messages: Messages, params: dict[str, Any], *, is_stream: bool) -> dict[str, Any]:

@@ -78,10 +78,11 @@ class Balance:
     ) -> BatchMove | None:
         batch = source.models[model]
         kv_bytes = batch.kv_tokens * view.token_bytes[model]
-        if kv_bytes > target.free_kv_bytes:
+        here = target.models.get(model)
+        if kv_bytes > target.free_kv_bytes or batch.num_seqs + (here.num_seqs if here else 0) > target.max_num_seqs:
             return None
         left = {other: one for other, one in source.models.items() if other != model}
-        joined = {**target.models, model: _joined(batch, target.models.get(model), target, model)}
+        joined = {**target.models, model: _joined(batch, here, target, model)}
         new_bytes = 0 if model in target.resident or model in target.models else view.weight_bytes[model]
         gain = load - max(self.load(left, source), self.load(joined, target, new_bytes))
         switch_s = new_bytes / target.switch_bytes_per_s

@@ -38,7 +38,7 @@ class AutoSplit:
 
     hold_s: float = 3.0
     min_pressure: float = 0.5
-    margin: float = 0.2
+    margin: float = 0.1
     horizon_s: float = 5.0
 
     def __post_init__(self) -> None:

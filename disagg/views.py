@@ -230,7 +230,7 @@ class RoleWorkerView:
     worker_id: WorkerId
     roles: frozenset[Role]
     prefill_s: float  # predicted seconds of prefill given to it and not done
-    decode_load: float  # the share of its time that its decoding sequences' SLOs need
+    decode_load: float  # the share of its time that the SLOs of those that decode need; prompts that wait are not among them
     num_seqs: int  # that it decodes
 
 

@@ -27,6 +27,7 @@ from polymux.deploy.http.openai import DetokenizeRequest, TokenizeRequest, parse
 from polymux.deploy.http.openapi import document
 from polymux.deploy.http.settings import HttpSettings
 from polymux.deploy.http.timeline import TimelineEndpoint
+from polymux.deploy.http.workers import WorkersEndpoint
 from polymux.transport.errors import InvalidRequest
 from polymux.transport.messages import ModelSpec
 
@@ -52,6 +53,7 @@ def build_asgi(frontdoor: FrontDoor, settings: HttpSettings | None = None) -> St
             Route("/v1/completions", CompletionEndpoint(frontdoor, settings), methods=["POST"]),
             Route("/v1/polymux/topology", api.topology),
             Route("/v1/polymux/timeline", TimelineEndpoint(frontdoor).get),
+            Route("/v1/polymux/workers/{id}/drain", WorkersEndpoint(frontdoor).drain, methods=["POST"]),
             Route("/tokenize", api.tokenize, methods=["POST"]),
             Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/health", api.health),

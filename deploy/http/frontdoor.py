@@ -32,7 +32,7 @@ from polymux.transport.errors import (
     WorkerLost,
 )
 from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release
-from polymux.transport.units import ClientId, ModelName
+from polymux.transport.units import ClientId, ModelName, WorkerId
 
 log = logging.getLogger("polymux.frontdoor")
 
@@ -63,6 +63,8 @@ class ControlPlane(Protocol):
     async def topology(self) -> dict[str, Any]: ...
 
     async def timeline(self, look: LookBack) -> dict[str, Any]: ...
+
+    async def drain(self, worker_id: WorkerId, timeout_s: float) -> None: ...
 
     async def heartbeat(self, client_id: ClientId) -> None: ...
 
@@ -303,6 +305,11 @@ class FrontDoor:
         """What every worker did lately, with `now_s`, the wall-clock time from which its ages count. Raises Overloaded."""
         timeline = await self._call(self._control.timeline(look), TIMELINE_TIMEOUT_S)
         return {"now_s": time.time(), **timeline}
+
+    async def drain_worker(self, worker_id: WorkerId, timeout_s: float) -> None:
+        """Have a worker emptied and stopped. Raises InvalidRequest, DeadlineExceeded, Overloaded."""
+        self._topology_until_s = 0.0
+        await self._call(self._control.drain(worker_id, timeout_s), timeout_s + self.settings.control_timeout_s)
 
     async def unready(self) -> tuple[str, ...]:
         """Why this front door cannot serve now; empty when it can."""

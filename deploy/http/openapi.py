@@ -68,6 +68,17 @@ _TIMELINE = [
 ]
 
 
+_DRAIN = [
+    {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}},
+    {
+        "name": "timeout_s",
+        "in": "query",
+        "description": "for its sequences to move or end; after it the worker goes on serving",
+        "schema": {"type": "number", "default": 60, "maximum": 600},
+    },
+]
+
+
 @cache
 def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
@@ -93,6 +104,7 @@ def _paths() -> dict[str, Any]:
         "/v1/models/{model}": {"get": _operation("One model") | {"parameters": model}},
         "/v1/polymux/topology": {"get": _operation("Workers and models, as the controller sees them")},
         "/v1/polymux/timeline": {"get": _operation("What every worker did in the last minutes") | {"parameters": _TIMELINE}},
+        "/v1/polymux/workers/{id}/drain": {"post": _operation("Empty a worker, then stop it") | {"parameters": _DRAIN}},
         "/tokenize": {"post": _operation("Text or messages to token ids", TokenizeRequest.__name__)},
         "/detokenize": {"post": _operation("Token ids to text", DetokenizeRequest.__name__)},
         "/health": {"get": _open("This process answers")},

@@ -79,6 +79,13 @@ def test_the_timeline_is_written_in_the_form_that_its_name_says(polymux_cli: Cal
     assert polymux_cli("timeline", "-o", str(tmp_path / "line.svg"), "--base-url", url).code == 2
 
 
+def test_a_worker_is_drained_by_its_name(polymux_cli: Callable[..., Outcome], url: str) -> None:
+    done = polymux_cli("drain", "decode-0", "--base-url", url)
+    assert (done.code, done.out) == (0, "worker decode-0 is empty and has stopped\n")
+    unknown = polymux_cli("drain", "decode-9", "--base-url", url)
+    assert unknown.code == 2 and "decode-9" in unknown.err
+
+
 def test_version_is_that_of_the_package(polymux_cli: Callable[..., Outcome]) -> None:
     assert polymux_cli("version").out == f"polymux {polymux.__version__}\n"
 

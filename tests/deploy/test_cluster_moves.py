@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from polymux.cluster.local import LocalCluster
 from polymux.deploy.http.api import build_asgi
 from polymux.deploy.http.frontdoor import FrontDoor
 from polymux.deploy.http.settings import FrontDoorSettings
+from polymux.disagg.roles import AutoSplit
 from polymux.transport.errors import DeadlineExceeded, InvalidRequest
 from polymux.transport.units import MIB, ClientId, WorkerId
 
@@ -149,18 +151,21 @@ async def test_where_roles_follow_the_load_two_workers_can_do_with_one() -> None
 
 async def test_the_split_follows_a_load_of_long_prompts_and_then_of_long_answers() -> None:
     async with serving(config_of(1, 3, split="auto", tpot_slo_s=0.0015)) as stack:
+        stack.cluster.controller._steering._split = AutoSplit(hold_s=0.5, min_pressure=0.05)  # small models on a machine that others share
 
-        async def load(until: int, make: Any) -> None:
-            """Requests, six at a time, until so many workers prefill."""
-            numbers = iter(range(1, 100_000))
+        numbers = itertools.count(1)
+
+        async def load(is_enough: Callable[[int], bool], make: Callable[[int], Awaitable[str]]) -> None:
+            """Requests, six at a time, until enough workers prefill."""
 
             async def some() -> None:
-                while list(stack.roles().values()).count("prefill") != until:
+                while not is_enough(list(stack.roles().values()).count("prefill")):
                     await make(next(numbers))
 
             async with asyncio.timeout(60):
                 await asyncio.gather(*(some() for _ in range(6)))
 
-        await load(2, lambda i: stack.text(i, 1, prompt="word " * 230))
-        await load(1, lambda i: stack.text(i, 300))
+        for _ in range(2):
+            await load(lambda num_prefill: num_prefill >= 2, lambda i: stack.text(i, 1, prompt="word " * 230))
+            await load(lambda num_prefill: num_prefill == 1, lambda i: stack.text(i, 200))
         await stack.quiet()

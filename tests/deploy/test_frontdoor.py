@@ -132,6 +132,45 @@ async def test_when_every_worker_dies_the_request_fails_in_time(
     assert [release.outcome for release in stack.control.releases] == ["failed"]
 
 
+@pytest.mark.parametrize("is_first_dead", [False, True])
+async def test_what_a_worker_gives_up_goes_on_elsewhere_with_its_kv(make_stack: MakeStack, connect: Connect, is_first_dead: bool) -> None:
+    """No replay, no gap; the new worker is told where the KV is. The old worker's death afterwards changes nothing."""
+    stack = make_stack(num_workers=2, step_s=0.003, frontdoor_settings={"max_replays": 0})
+    old, new = stack.workers
+    async with connect(stack) as client:
+        request = asyncio.create_task(client.post("/v1/completions", json={**PROMPT, "n": 3, "seed": 9}))
+        await until(lambda: old.num_running == 3)
+        await asyncio.sleep(0.1)
+        stack.control.emptied = [old.decode.worker_id]
+        old.move()
+        await until(lambda: new.num_running == 3)
+        await asyncio.sleep(0.05)
+        if is_first_dead:
+            await asyncio.to_thread(old.stop)
+        response = await request
+    assert [choice["text"] for choice in response.json()["choices"]] == [TEXT] * 3
+    assert stack.control.asks[-1].moving == (0, 1, 2) and stack.control.asks[-1].excluded == ()
+    assert [command.handover for command in new.commands] == [command.sequence_id for command in old.commands]
+    assert {command.prefill.worker_id for command in new.commands} == {old.decode.worker_id}
+    assert b'polymux:replays_total{model_name="bytes"} 0.0' in stack.frontdoor.metrics.render(None)
+    assert [release.outcome for release in stack.control.releases] == ["finished"]
+
+
+async def test_a_client_that_goes_while_its_sequence_moves_frees_it_where_it_was_kept(make_stack: MakeStack, connect: Connect) -> None:
+    stack = make_stack(num_workers=1, step_s=0.003)
+    old = stack.workers[0]
+    async with connect(stack) as client:
+        request = asyncio.create_task(client.post("/v1/completions", json={**PROMPT, "stream": True}))
+        await until(lambda: old.num_running == 1)
+        await asyncio.sleep(0.05)
+        stack.control.emptied = [old.decode.worker_id]
+        old.move()  # and nobody else is there
+        await until(lambda: bool(stack.control.asks[-1].moving))
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        await until(lambda: old.cancelled == [old.commands[0].sequence_id])
+
+
 async def test_replays_are_bounded(make_stack: MakeStack, connect: Connect) -> None:
     stack = make_stack(num_workers=2, frontdoor_settings={"max_replays": 2})
     for worker in stack.workers:
