@@ -108,6 +108,7 @@ def serving(path: Path, dtype: str, threads: int) -> Iterator[str]:
             "name": "bench-stack",
             "models": [{"name": "bench", "path": str(path), "dtype": dtype}],
             "pools": {"prefill": pool, "decode": pool},
+            "engine": {"prefix_caching": False},  # every round sends the same prompts
             "serve": {"port": 18_431},
         }
     )
