@@ -60,8 +60,9 @@ class PoolConfig(Section):
 class PoolsConfig(Section):
     prefill: PoolConfig = Field(default=PoolConfig(), description="workers that compute prompts")
     decode: PoolConfig = Field(default=PoolConfig(), description="workers that make the tokens after the first")
-    split: Literal["fixed", "auto"] = Field(
-        default="fixed", description="auto: every worker may do both, and changes sides with the load, without being drained"
+    split: Literal["fixed", "auto", "shared"] = Field(
+        default="fixed",
+        description="auto: workers change sides with the load, without being drained; shared: all do both, each prompt where it decodes",
     )
 
 

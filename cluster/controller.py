@@ -300,11 +300,13 @@ class Controller:
         decodes = [book.view() for book in able.decode]
         anyone = ask if not ask.excluded else _unrestricted(ask)
         group, quota_s = self._config.policies.max_group_size, self._config.policies.max_quota_s
+        decode = choose_decode(ask, decodes, max_quota_s=quota_s) or choose_decode(anyone, decodes, max_quota_s=quota_s)
+        assert decode is not None
+        if self._config.pools.split == "shared":
+            prefills = [view for view in prefills if view.worker_id == decode.worker_id] or prefills
         prefill = choose_prefill(ask, prefills, now_s=now_s, max_group_size=group)
         prefill = prefill or choose_prefill(anyone, prefills, now_s=now_s, max_group_size=group)
-        decode = choose_decode(ask, decodes, max_quota_s=quota_s) or choose_decode(anyone, decodes, max_quota_s=quota_s)
         assert prefill is not None
-        assert decode is not None
         source, target = self._pool.prefill[prefill.worker_id], self._pool.decode[decode.worker_id]
         is_idle = source.busy_until_s <= now_s and decode.wait_s == 0
         forecast = _Forecast(is_idle=is_idle, ttft_s=prefill.finish_s + decode.wait_s, switch_s=prefill.switch_s)

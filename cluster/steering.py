@@ -8,7 +8,7 @@ from polymux.cluster.config import ClusterConfig
 from polymux.cluster.pool import Member, Pool
 from polymux.cluster.snapshots import ModelRecord
 from polymux.disagg.balance import Balance, BatchMove
-from polymux.disagg.roles import ArrivalRate, AutoSplit
+from polymux.disagg.roles import BOTH, ArrivalRate, AutoSplit
 from polymux.disagg.views import BalanceView, RoleWorkerView, SplitView
 from polymux.transport.errors import InvalidRequest
 from polymux.transport.units import ModelName, WorkerId
@@ -23,6 +23,7 @@ class Steering:
     def __init__(self, config: ClusterConfig, pool: Pool) -> None:
         self._pool = pool
         self._split = AutoSplit() if config.pools.split == "auto" else None
+        self._is_shared = config.pools.split == "shared"
         self._balance = Balance(max_quota_s=config.policies.max_quota_s) if config.policies.rebalance else None
         self._split_memory = AutoSplit().start()
         self._balance_memory = Balance().start()
@@ -47,6 +48,9 @@ class Steering:
 
     def split(self, now_s: float) -> None:
         """As the configuration says, or as the load does."""
+        if self._is_shared:
+            for worker_id in [key for key, member in self._pool.members.items() if member.roles and member.roles != BOTH]:
+                self._pool.assign(worker_id, BOTH)
         if self._split is None:
             return
         workers = tuple(_role_view(member, now_s) for member in self._pool.members.values() if member.roles)
@@ -63,7 +67,7 @@ class Steering:
         others = [other for key, other in self._pool.members.items() if key != worker_id and other.roles]
         if not others:
             raise InvalidRequest(f"worker {worker_id!r} is the last one; start another before this one is drained", param="worker")
-        if self._split is None:
+        if self._split is None and not self._is_shared:
             for role in sorted(member.roles):
                 if not any(role in other.roles for other in others):
                     raise InvalidRequest(
@@ -77,7 +81,7 @@ class Steering:
         """It stays after all."""
         member = self._pool.members.get(worker_id)
         if member is not None and not member.roles:
-            self._pool.assign(worker_id, frozenset({member.main.hello.role}))
+            self._pool.assign(worker_id, BOTH if self._is_shared else frozenset({member.main.hello.role}))
 
     def headed(self, model: ModelName, source: WorkerId) -> WorkerId | None:
         """Where this batch of that worker was meant to go."""

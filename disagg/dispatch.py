@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from polymux.disagg.views import AskView, DecodeWorkerView, PrefillWorkerView
 from polymux.transport.units import WorkerId
 
-COMFORTABLE_LOAD = 0.5  # of a decode worker: below it a model's sequences gather on the worker that runs it already
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillChoice:
@@ -69,27 +67,29 @@ def num_cached_tokens(ask: AskView, worker: PrefillWorkerView) -> int:
 
 
 def choose_decode(ask: AskView, workers: Iterable[DecodeWorkerView], *, max_quota_s: float = 4.0) -> DecodeChoice | None:
-    """The worker that runs this model already, while it is comfortably within its SLOs; else the one that would end the sequence first.
+    """Where the sequence costs the pool least, in shares of a worker's time, and is on time itself.
 
-    With the sequence added, a round takes `load` of the time that its tokens may take (`multiplex.round_load`), so they come every
-    TPOT * load. None when every worker is excluded.
+    With it added, a round takes `load` of the time that its tokens may take (`multiplex.round_load`), so they come every TPOT * load: on
+    time up to 1. What the sequence adds to the load counts twice, since everybody there pays it: so a model's sequences gather where
+    it runs, a batch of two costing little more than one, until that worker is late and another is not. A wait counts twice too, as a
+    share of the time that the sequence takes there, and a switch once, of the time that it may take. None when every worker is excluded.
     """
-    best: tuple[bool, float, WorkerId] | None = None
+    best: tuple[float, float, WorkerId] | None = None
     choice: DecodeChoice | None = None
     for worker in workers:
         if worker.worker_id in ask.excluded:
             continue
-        found, load = _placed(ask, worker, max_quota_s)
-        here = worker.models.get(ask.model)
-        gathers = here is not None and found.wait_s == 0 and load <= COMFORTABLE_LOAD
-        rank = (not gathers, found.switch_s + found.wait_s + ask.num_output_tokens * found.tpot_s, worker.worker_id)
+        found, load, load_before = _placed(ask, worker, max_quota_s)
+        added = load - load_before + found.wait_s / (ask.num_output_tokens * found.tpot_s)
+        cost = max(load, 1.0) + 2 * added + found.switch_s / (ask.num_output_tokens * ask.tpot_slo_s)
+        rank = (cost, load, worker.worker_id)
         if best is None or rank < best:
             best, choice = rank, found
     return choice
 
 
-def _placed(ask: AskView, worker: DecodeWorkerView, max_quota_s: float) -> tuple[DecodeChoice, float]:
-    """What this sequence would meet on the worker, and the worker's load with it."""
+def _placed(ask: AskView, worker: DecodeWorkerView, max_quota_s: float) -> tuple[DecodeChoice, float, float]:
+    """What this sequence would meet on the worker, and the worker's load with it and without."""
     here = worker.models.get(ask.model)
     num_here, kv_tokens, tpot_slo_s, old_load = 0, 0, ask.tpot_slo_s, 0.0
     if here is not None:
@@ -100,10 +100,13 @@ def _placed(ask: AskView, worker: DecodeWorkerView, max_quota_s: float) -> tuple
     step_s = base + per_seq * min(num_here + 1, worker.max_num_seqs) + per_token * (kv_tokens + num_tokens)
     switch_s = 0.0 if ask.model in worker.resident else ask.weight_bytes / worker.switch_bytes_per_s
     load = worker.load - old_load + step_s / tpot_slo_s
+    load_before = worker.load
+    if len(worker.models) > 1:
+        load_before += worker.round_switch_s / (worker.min_steps * max_quota_s)
     if len(worker.models) > (here is not None):  # it shares the worker with other models
         round_switch_s = worker.round_switch_s + (switch_s if here is None else 0.0)
         load += round_switch_s / (min(worker.min_steps, tpot_slo_s / step_s) * max_quota_s)
     tpot_s = tpot_slo_s * load
     short = max(0, num_here + 1 - worker.max_num_seqs) + max(0.0, ask.kv_bytes - worker.free_kv_bytes) / max(ask.kv_bytes, 1)
     wait_s = ask.num_output_tokens * tpot_s * short / worker.num_seqs if worker.num_seqs else 0.0  # nobody to wait for: room is made
-    return DecodeChoice(worker_id=worker.worker_id, wait_s=wait_s, switch_s=switch_s, tpot_s=tpot_s), load
+    return DecodeChoice(worker_id=worker.worker_id, wait_s=wait_s, switch_s=switch_s, tpot_s=tpot_s), load, load_before

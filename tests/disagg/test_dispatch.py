@@ -114,9 +114,15 @@ def test_a_models_sequences_gather_where_it_runs_while_the_slo_has_room() -> Non
     assert to_decode(decode("d1"), decode("d2", running={A: 3}, resident=(A,))).worker_id == "d2"
 
 
-def test_a_worker_past_its_comfort_is_left_for_an_idle_one_that_has_the_weights() -> None:
+def test_a_batch_is_joined_on_a_busy_worker_since_a_second_one_would_cost_as_much_again() -> None:
     busy = decode("d2", running={A: 3, B: 3}, resident=(A, B), step_s=0.04)
-    assert to_decode(decode("d1", resident=(A,), step_s=0.04), busy).worker_id == "d1"
+    assert to_decode(decode("d1", resident=(A,), step_s=0.04), busy).worker_id == "d2"
+
+
+def test_a_worker_that_is_late_is_left_for_an_idle_one_that_has_the_weights() -> None:
+    models = {A: 3, **{ModelName(f"m{i}"): 1 for i in range(7)}}
+    late = decode("d2", running=models, resident=tuple(models), step_s=0.02)
+    assert to_decode(decode("d1", resident=(A,), step_s=0.02), late).worker_id == "d1"
 
 
 def test_a_batch_that_grows_is_counted_once() -> None:
