@@ -91,6 +91,8 @@ class Controller:
         if known is None or hello.epoch != known.peer.epoch:
             self._pool.remove(hello.worker_id)
             self._pool.add(hello, self._epoch_for(hello), self._clock())
+            if self._config.pools.split == "shared":
+                self._steering.split(self._clock())
         book = self._pool.get(hello.worker_id)
         assert book is not None
         return Joined(
