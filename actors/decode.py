@@ -23,7 +23,15 @@ from polymux.actors.swap import Swapper
 from polymux.actors.turns import Turns
 from polymux.actors.updates import failure, moved, token_update
 from polymux.disagg.multiplex import Turn
-from polymux.transport.errors import ContextLengthExceeded, DeadlineExceeded, Draining, Overloaded, PolymuxError, TransferError
+from polymux.transport.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    Draining,
+    NoFreeBlocks,
+    Overloaded,
+    PolymuxError,
+    TransferError,
+)
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
 from polymux.transport.messages import Generate, ModelLoad, Peer, SpanKind
 from polymux.transport.prefix import TOKEN_BYTES
@@ -130,8 +138,12 @@ class DecodeRole:
             self._not_filled(sequence, event.error)
 
     def _not_filled(self, sequence: Sequence, error: PolymuxError) -> None:
-        """Its KV will not come. What was to be handed over is computed here instead; anything else is the front door's to place anew."""
-        if sequence.handover is not None and isinstance(error, TransferError):
+        """Its KV will not come. What was to be handed over, or found no room at its prefill worker, is computed here instead.
+
+        Anything else is the front door's to place anew.
+        """
+        is_gone = sequence.handover is not None and isinstance(error, TransferError)
+        if is_gone or (sequence.prefill is not None and isinstance(error, NoFreeBlocks)):
             sequence.handover = sequence.prefill = None
             sequence.phase = Phase.WAITING
         else:

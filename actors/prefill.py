@@ -29,6 +29,8 @@ from polymux.transport.messages import FinishReason, ModelLoad, ModelSpec, Prefi
 from polymux.transport.prefix import TOKEN_BYTES, chain
 from polymux.transport.units import ModelName, SequenceId, unpack_ids
 
+PATIENCE_S = 0.5  # of a prompt whose blocks only this worker's own sequences could give
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -44,6 +46,7 @@ class Job:
     output_ids: list[int]
     block_ids: list[int] = field(default_factory=list)
     num_done: int = 0
+    short_since_s: float | None = None  # when it was first in line, and only this worker's own sequences had blocks
     pushed_s: float | None = None  # when its first layer was offered to the transport
     num_cached: int = 0  # of the done, found in the prefix cache
     packed_ids: bytes = b""  # prompt and outputs, as the cache takes them
@@ -223,13 +226,26 @@ class PrefillRole:
                     self._take_blocks(job)
                 elif (digest := job.next_digest) is not None and self._engine.prefixes.has(digest):
                     self._adopt(job)
-            except NoFreeBlocks:
+            except NoFreeBlocks as error:
+                self._pass_on(job, error)
                 break
             except PolymuxError as error:
                 self._fail(job, error)
         begun: set[bytes] = set()
         ready = sorted((job for job in self._jobs.values() if job.block_ids), key=lambda job: (job.due_at_s, job.place))
         return [job for job in ready if _is_first(job.next_digest, begun)]
+
+    def _pass_on(self, job: Job, error: NoFreeBlocks) -> None:
+        """Give the first in line back to its decode worker, which can always compute it in the blocks that it granted.
+
+        Only where no order here will free any: this worker's own sequences hold them all, and may wait for that decode worker in turn.
+        """
+        if self._leaving or any(other.block_ids for other in self._jobs.values() if not is_local(other.order)):
+            job.short_since_s = None
+        elif job.short_since_s is None:
+            job.short_since_s = self._engine.clock()
+        elif self._engine.clock() - job.short_since_s >= PATIENCE_S:
+            self._fail(job, error)
 
     def _take_blocks(self, job: Job) -> None:
         """All that it needs, cached ones first. Raises NoFreeBlocks, and takes none."""
@@ -353,7 +369,9 @@ class PrefillRole:
 
     def next_deadline_s(self) -> float | None:
         """When `step` next has something to expire, on the engine's clock."""
-        return min((job.deadline_s for job in self._jobs.values()), default=None)
+        deadlines = [job.deadline_s for job in self._jobs.values()]
+        deadlines += [job.short_since_s + PATIENCE_S for job in self._jobs.values() if job.short_since_s is not None]
+        return min(deadlines, default=None)
 
     def loads(self) -> tuple[ModelLoad, ...]:
         waiting: dict[ModelName, list[Job]] = defaultdict(list)

@@ -49,6 +49,10 @@ class Client:
                     return False
         return True
 
+    @property
+    def is_whole(self) -> bool:
+        return len(self.tokens) == self.sampling.max_tokens
+
     async def whole(self) -> list[int]:
         """All its tokens, followed from worker to worker."""
         while not await self.until(self.sampling.max_tokens + 1):
@@ -100,8 +104,8 @@ async def test_a_batch_that_moves_gives_the_same_tokens_while_others_go_on(sampl
             await client.start()
 
         async def move_now_and_then() -> None:
-            for _ in range(6):
-                await asyncio.sleep(0.03)
+            while any(client.num_moves < 2 and not client.is_whole for client in clients if client.spec is moving):
+                await asyncio.sleep(0.01)
                 pair.decode.move(moving.model)
                 pair.prefill.move(moving.model)
 

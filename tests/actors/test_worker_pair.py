@@ -43,6 +43,17 @@ async def test_a_worker_prefills_and_decodes_as_it_is_asked() -> None:
         assert committed == [len(prompts), 2 * len(prompts)]
 
 
+async def test_workers_that_prefill_for_each_other_do_not_wait_for_each_others_blocks() -> None:
+    """Where a prefill worker's own sequences hold all its blocks, the decode worker computes the prompt in the blocks that it granted."""
+    async with running_pair(batch_invariant=True) as pair:
+        spec = pair.specs[NAMES[0]]
+        expected = await pair.generate(spec, prompt_of(spec, 70, 1))
+        pool = pair.prefill._engine.pool(spec.model)
+        taken = pool.allocate(pool.num_free)
+        assert await pair.generate(spec, prompt_of(spec, 70, 1)) == expected
+        pool.free(taken)
+
+
 async def test_a_prompt_that_a_worker_prefills_for_itself_can_be_cancelled_at_any_time() -> None:
     async with running_pair() as pair:
         spec, roles = pair.specs[NAMES[0]], (pair.decode, pair.decode)
