@@ -1,7 +1,8 @@
 """The bare engine against transformers: one model, greedy, decode at several batch sizes and the prefill of a long prompt.
 
 A checkpoint of random weights in the shape of Qwen2.5-0.5B is made once and run by both, in one process, in turns: each round runs every
-engine once on every case, so that drifting memory bandwidth meets all of them. Figures are medians over the rounds.
+engine once on every case, so that drifting memory bandwidth meets all of them. Figures are medians over the rounds. A third party runs the
+packed matrix products of each step and nothing else: what would be left if all the rest were free.
 
     python bench/engine.py --out docs/results/engine.md
 """
@@ -28,8 +29,10 @@ from transformers.utils import logging as transformers_logging
 from machine import describe
 from polymux.actors.arena import Arena
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.weights.bind import bind_weights
 from polymux.actors.weights.checkpoint import Checkpoint
 from polymux.actors.weights.image import DTYPES, build_image
+from polymux.kernels import ops
 from polymux.kernels.sample import greedy
 from polymux.transport.region import Region
 from polymux.transport.units import BLOCK_SIZE, MIB
@@ -45,6 +48,7 @@ QWEN25_05B = {
 }
 SMALL = QWEN25_05B | {"vocab_size": 8192, "num_hidden_layers": 6}  # for the comparison of tokens in fp32
 BATCHES = (1, 4, 16)
+PRODUCTS = "packed products alone"
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class Polymux:
         began = time.perf_counter()
         self._model: BoundModel = ModelRunner(batch_invariant=batch_invariant).bind(manifest, weights, kv)
         bound_s = time.perf_counter() - began
+        self.weights = bind_weights(checkpoint.config, manifest, weights)
         self.load = f"Image of {manifest.nbytes >> 20} MiB ({manifest.layout}) built in {built_s:.2f} s, bound in {1e3 * bound_s:.1f} ms"
 
     def generate(self, prompts: Tensor, num_tokens: int) -> Run:
@@ -134,6 +139,34 @@ class Polymux:
 
     def _step(self, token_ids: Tensor, slices: tuple[SequenceSlice, ...]) -> Tensor:
         return greedy(self._model.forward(ForwardBatch(token_ids=token_ids, slices=slices, logits_rows=None)))
+
+
+class Products:
+    """Only the matrix products of each step, in order, over the engine's own weights. Its tokens mean nothing."""
+
+    def __init__(self, engine: Polymux) -> None:
+        self._weights = engine.weights
+
+    def generate(self, prompts: Tensor, num_tokens: int) -> Run:
+        num_sequences, prompt_len = prompts.shape
+        began = time.perf_counter()
+        for _ in range(num_sequences):
+            self._step(prompt_len, 1)
+        prefilled = time.perf_counter()
+        for _ in range(num_tokens - 1):
+            self._step(num_sequences, num_sequences)
+        return Run([[0] * num_tokens] * num_sequences, prefilled - began, time.perf_counter() - prefilled)
+
+    def _step(self, num_rows: int, num_logits: int) -> None:
+        norm = self._weights.final_norm
+        x = torch.ones(num_rows, norm.shape[0], dtype=norm.dtype)
+        with torch.inference_mode():
+            for layer in self._weights.layers:
+                ops.linear(x, layer.qkv, layer.qkv_bias)
+                ops.linear_add(x, layer.output, layer.output_bias, x)
+                hidden = ops.gated_linear(x, layer.gate, layer.gate_bias, layer.up, layer.up_bias)
+                ops.linear_add(hidden, layer.down, layer.down_bias, x)
+            ops.linear(x[:num_logits], self._weights.head)
 
 
 @dataclass
@@ -205,12 +238,14 @@ def report(args: argparse.Namespace, results: Results, load: str, fp32_share: fl
     cases = [*(f"decode b{batch}" for batch in BATCHES), f"prefill {args.prefill_tokens}"]
     names = list(dict.fromkeys(name for name, _ in results.rates))
     ratios = {case: results.rate("polymux", case) / results.rate("transformers", case) for case in cases}
+    bounds = {case: results.rate(PRODUCTS, case) / results.rate("transformers", case) for case in cases}
     costs = {case: results.rate("polymux", case) / results.rate("polymux, batch_invariant", case) for case in cases}
     shares = [share_of_equal_tokens(results.tokens["polymux", case], results.tokens["transformers", case]) for case in cases]
     figures = {
         f"{case.replace('decode b', 'decode_b').replace('prefill ', 'prefill')}_vs_transformers": round(r, 3) for case, r in ratios.items()
     }
     figures |= {
+        **{f"decode_b{batch}_products_vs_transformers": round(bounds[f"decode b{batch}"], 3) for batch in BATCHES},
         "same_tokens": fp32_share == 1.0,
         f"same_tokens_share_{args.dtype}": round(statistics.mean(shares), 4),
         "batch_invariant_cost": round(costs["decode b16"], 3),
@@ -218,6 +253,7 @@ def report(args: argparse.Namespace, results: Results, load: str, fp32_share: fl
     }
     rows = [[name, *(f"{results.rate(name, case):.1f}" for case in cases)] for name in names]
     rows.append(["polymux / transformers", *(f"{ratios[case]:.2f}" for case in cases)])
+    rows.append([f"{PRODUCTS} / transformers", *(f"{bounds[case]:.2f}" for case in cases)])
     rows.append(["slowdown of batch_invariant", *(f"{costs[case]:.2f}" for case in cases)])
     lines = [
         "# The engine beside transformers",
@@ -257,6 +293,7 @@ def main() -> None:
         engines: dict[str, Generator] = {
             "transformers": Transformers(path, args.dtype),
             "polymux": ours,
+            PRODUCTS: Products(ours),
             "polymux, batch_invariant": Polymux(path, args.dtype, batch_invariant=True, max_tokens=max_tokens),
         }
         results = run_rounds(engines, args, QWEN25_05B["vocab_size"])
