@@ -182,13 +182,13 @@ _numbers = itertools.count()
 
 
 def make_config(models: dict[str, Path], policy: str, arena_bytes: int, token: str, max_quota_s: float) -> ClusterConfig:
-    """Two workers with one thread each. Nothing is refused: what comes too late is counted as late, for every policy alike."""
+    """Two workers with one thread each, both computing prompts and tokens. Nothing is refused: what comes too late is counted as late, for every policy alike."""
     pool = {"workers": 1, "num_threads": 1, "arena_bytes": arena_bytes}
     return ClusterConfig.from_dict(
         {
             "name": f"bench-multiplex-{next(_numbers)}",
             "models": [{"name": name, "path": str(path)} for name, path in models.items()],
-            "pools": {"prefill": pool, "decode": pool},
+            "pools": {"prefill": pool, "decode": pool, "split": "shared"},
             "engine": {"kv_fraction": KV_FRACTION, "probe_interval_s": 3600, "max_num_seqs": 64},
             "policies": {"decode": policy, "prefill": PREFILL[policy], "max_quota_s": max_quota_s},
             "limits": {"max_queued_requests": 100_000, "max_queued_tokens": 1 << 24, "ttft_refusal_factor": None},

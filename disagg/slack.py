@@ -6,6 +6,8 @@ that a turn takes, is the batch's urgency (the apparent tardiness cost rule of V
 
     urgency = sum over its sequences of  worth / TPOT * exp(-slack / horizon) / (turn_s + catch_up_s)
 
+- While a model with work is not resident, a turn lasts `STAY` TPOTs at least. Turns of a step or two would keep loads following each other
+  where they take their time from the steps (a CPU), and batches small everywhere: measured by `bench/multiplex.py`.
 - `turn_s` is one step of a resident model, and at least its switch for one that is not: so the resident one is preferred by what a switch
   costs, a large batch costs what it is measured to cost, and with free switches the rule decides nearly step by step.
 - A prompt's first token takes the prefill of its batch's prompts besides.
@@ -29,6 +31,7 @@ from polymux.transport.errors import ConfigError
 from polymux.transport.units import ModelName
 
 PATIENCE = 1.5  # a load may take so many times its prediction before its model is switched to all the same
+STAY = 3.0  # shortest turn while a model with work is not resident, in the tightest TPOTs
 LOOK = 0.125  # shortest turn, as a share of the tightest TPOT and of the cheapest switch: too short for another look to change anything
 
 
@@ -148,7 +151,8 @@ class Slack:
 
     def _quota_s(self, model: ModelName, batches: Mapping[ModelName, BatchView]) -> float:
         others = [batch for batch in batches.values() if batch.model != model]
-        look_s = LOOK * min(batch.tpot_slo_s for batch in batches.values())
+        is_cold = any(batch.switch_s > 0 for batch in batches.values())
+        look_s = (STAY if is_cold else LOOK) * min(batch.tpot_slo_s for batch in batches.values())
         if all(batch.switch_s > 0 for batch in others):
             look_s = max(look_s, LOOK * min(batch.switch_s for batch in others))
         batch = batches[model]
