@@ -1,0 +1,131 @@
+"""Request-level switching: a worker keeps a model until the requests that wait for it in a row have ended.
+
+`serverless` is ServerlessLLM's policy (OSDI '24) as the Aegaeon artifact simulates it; `serverless_idle` is the same with one change that
+makes it a fairer baseline: a model that needs a worker gets the one with the shortest queue. In the artifact it gets the one whose last
+step is oldest, and since a worker that loads has taken no step lately, several models pile up on it while idle workers wait.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from polymux.disagg.sim.costs import MS, CostModel
+from polymux.disagg.sim.outcome import Progress, Targets
+from polymux.disagg.sim.workload import SimRequest
+
+MAX_IN_ROW = 4  # requests of one model at a worker's tail before another worker is tried
+PATIENCE_US = 15_000 * MS  # a request without a token for so long is given up, at the next arrival
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    number: int
+    queue: list[Progress] = field(default_factory=list)  # in service and waiting, in line
+    loaded: str | None = None
+    running: list[Progress] = field(default_factory=list)  # in the step under way
+    is_busy: bool = False
+    last_step_us: int = -1
+
+    def tail(self) -> tuple[str | None, int]:
+        """The model at the end of the line, and how many requests in a row are of it; the loaded one when nobody is in line."""
+        if not self.queue:
+            return self.loaded, 0
+        model = self.queue[-1].request.model
+        length = next((i for i, one in enumerate(reversed(self.queue)) if one.request.model != model), len(self.queue))
+        return model, length
+
+    @property
+    def is_unused(self) -> bool:
+        return self.loaded is None and not self.queue
+
+    def head_run(self) -> list[Progress]:
+        model = self.queue[0].request.model
+        end = next((i for i, one in enumerate(self.queue) if one.request.model != model), len(self.queue))
+        return self.queue[:end]
+
+
+def simulate_request_level(
+    requests: Sequence[SimRequest], costs: CostModel, targets: Targets, *, num_workers: int, idle_first: bool = False
+) -> list[Progress]:
+    """Serve them all, in arrival order; every worker does both phases. Returns their progress, in the same order."""
+    return _RequestLevel(costs, num_workers, idle_first).run([Progress(request, targets) for request in requests])
+
+
+class _RequestLevel:
+    def __init__(self, costs: CostModel, num_workers: int, idle_first: bool) -> None:
+        self._costs = costs
+        self._idle_first = idle_first
+        self._workers = [_Worker(i) for i in range(num_workers)]
+        self._events: list[tuple[int, int, _Worker]] = []  # when a worker's load or step ends
+        self._num_events = 0
+
+    def run(self, requests: list[Progress]) -> list[Progress]:
+        waiting = iter(requests)
+        arriving = next(waiting, None)
+        while arriving is not None or self._events:
+            if arriving is not None and (not self._events or arriving.request.arrival_us <= self._events[0][0]):
+                self._arrive(arriving)
+                arriving = next(waiting, None)
+            else:
+                now_us, _, worker = heapq.heappop(self._events)
+                self._step_ended(worker, now_us)
+        return requests
+
+    def _arrive(self, one: Progress) -> None:
+        now_us = one.request.arrival_us
+        for worker in self._workers:
+            self._purge(worker, now_us)
+        worker = self._place(one)
+        worker.queue.append(one)
+        self._start(worker, now_us)
+
+    @staticmethod
+    def _purge(worker: _Worker, now_us: int) -> None:
+        for one in worker.queue:
+            one.has_failed = one.has_failed or (not one.num_tokens and now_us - one.request.arrival_us > PATIENCE_US)
+        worker.queue = [one for one in worker.queue if not one.has_failed]
+
+    def _place(self, one: Progress) -> _Worker:
+        tails = [(worker, *worker.tail()) for worker in self._workers]
+        same = [(length, worker.number, worker) for worker, model, length in tails if model == one.request.model]
+        others = [worker for worker, model, _ in tails if model != one.request.model]
+        if others and all(length >= MAX_IN_ROW for length, _, _ in same):
+            return min(others, key=self._rank)
+        return min(same)[2]
+
+    def _rank(self, worker: _Worker) -> tuple[int, int, int, int]:
+        queued = len(worker.queue) if self._idle_first else 0
+        return queued, not worker.is_unused, worker.last_step_us, worker.number
+
+    def _start(self, worker: _Worker, now_us: int) -> None:
+        """Load the model at the head of the line, or step its run: prompts without a token first, all together."""
+        if worker.is_busy or not worker.queue:
+            return
+        run = worker.head_run()
+        kind = run[0].request.kind
+        if worker.loaded != run[0].request.model:
+            worker.loaded = run[0].request.model
+            took_us = self._costs.load_us(kind)
+        elif new := [one for one in run if not one.num_tokens]:
+            worker.running = new
+            took_us = self._costs.prefill_us(kind, [one.request.input_len for one in new])
+        else:
+            worker.running = run
+            kv_tokens = sum(one.request.input_len + one.num_tokens for one in run)
+            took_us = self._costs.decode_us(kind, len(run), kv_tokens)
+        worker.is_busy = True
+        self._num_events += 1
+        heapq.heappush(self._events, (now_us + took_us, self._num_events, worker))
+
+    def _step_ended(self, worker: _Worker, now_us: int) -> None:
+        worker.is_busy = False
+        if worker.running:
+            worker.last_step_us = now_us
+            for one in worker.running:
+                if not one.has_failed:
+                    one.token(now_us)
+            worker.queue = [one for one in worker.queue if not one.is_done]
+            worker.running = []
+        self._start(worker, now_us)
