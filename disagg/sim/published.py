@@ -1,7 +1,7 @@
 """Aegaeon (SOSP '25) as its artifact simulates it: prefill and decode devices apart, published dispatch and turn rules, to the letter.
 
 The project's own `wrr` turn policy keeps the formula and mends what is around it (`disagg/multiplex.py` lists how); a baseline must not be
-mended, so the rules stand here as they were found. One deviation: batches of a round are in the order of their names; there, of memory addresses.
+mended, so the rules stand here as they were found. One deviation: batches of a round are ordered by name; there, by memory address.
 """
 
 from __future__ import annotations

@@ -1,0 +1,100 @@
+"""A cost model from measured coefficients and byte counts: batch size counts, KV has its true size, bytes cross a link at its bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from polymux.disagg.sim.costs import SECOND, Three
+
+GIB = 1 << 30
+KIB = 1 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhysicalKind:
+    """Fitted seconds, as `disagg.cost` fits them: prefill 1, tokens, tokens^2; decode step 1, sequences, kv tokens. None is negative."""
+
+    prefill: Three
+    decode: Three
+    num_weight_bytes: int
+    num_kv_bytes: int  # of a token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhysicalCosts:
+    """One kind of device and the models on it."""
+
+    kinds: Mapping[str, PhysicalKind]
+    memory_bytes: int
+    link_bytes_per_s: float  # host memory to device, one way
+    switch_overhead_us: int = 2_000  # rebinding, the first launch
+
+    def prefill_us(self, kind: str, lengths: Sequence[int]) -> int:
+        return _us(self.kinds[kind].prefill, sum(lengths), sum(n * n for n in lengths))
+
+    def decode_us(self, kind: str, num_seqs: int, kv_tokens: int) -> int:
+        return _us(self.kinds[kind].decode, num_seqs, kv_tokens)
+
+    def load_us(self, kind: str) -> int:
+        return self.switch_overhead_us + round(self.weight_bytes(kind) / self.link_bytes_per_s * SECOND)
+
+    def prefetched_us(self, kind: str, computed_us: int) -> int:
+        return max(self.switch_overhead_us, self.load_us(kind) - computed_us)
+
+    def kv_in_us(self, kind: str, kv_tokens: int) -> int:
+        return round(kv_tokens * self.kv_bytes(kind) / self.link_bytes_per_s * SECOND)
+
+    def weight_bytes(self, kind: str) -> int:
+        return self.kinds[kind].num_weight_bytes
+
+    def kv_bytes(self, kind: str) -> int:
+        return self.kinds[kind].num_kv_bytes
+
+    def arena_bytes(self) -> int:
+        return self.memory_bytes
+
+    def max_kv_tokens(self, kind: str) -> int:
+        return (self.memory_bytes - self.weight_bytes(kind)) // self.kv_bytes(kind)
+
+
+def _us(coefficients: Three, first: float, second: float) -> int:
+    base, one, two = coefficients
+    return max(1, round((base + one * first + two * second) * SECOND))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    weight_bytes: int
+    kv_bytes: int
+
+
+# fp16 weights by the models' cards, KV by layers, KV heads and head size
+_SIZES = {
+    "qwen2.5-7b": _Sizes(weight_bytes=round(14.2 * GIB), kv_bytes=56 * KIB),
+    "yi-9b": _Sizes(weight_bytes=round(16.5 * GIB), kv_bytes=96 * KIB),
+    "llama2-13b": _Sizes(weight_bytes=round(24.2 * GIB), kv_bytes=800 * KIB),
+}
+
+# Least squares over the artifact's profiles (vLLM 0.5.1) of at most 4096 tokens, where no prefill was split; negative terms are zero.
+_CLEAN: dict[str, dict[str, tuple[Three, Three]]] = {
+    "h100": {
+        "qwen2.5-7b": ((5.76e-3, 21.35e-6, 0.0), (9.15e-3, 68.0e-6, 0.0)),
+        "yi-9b": ((8.58e-3, 26.74e-6, 0.11e-9), (13.85e-3, 72.2e-6, 0.0)),
+        "llama2-13b": ((7.25e-3, 40.48e-6, 0.15e-9), (12.59e-3, 106.9e-6, 0.10e-6)),
+    },
+    "h800": {
+        "qwen2.5-7b": ((5.32e-3, 22.65e-6, 0.05e-9), (8.34e-3, 102.2e-6, 0.039e-6)),
+        "yi-9b": ((7.31e-3, 29.21e-6, 0.0), (11.61e-3, 99.5e-6, 0.088e-6)),
+        "llama2-13b": ((6.85e-3, 45.16e-6, 0.14e-9), (12.56e-3, 152.1e-6, 0.190e-6)),
+    },
+}
+
+
+def physical_costs(device: str, *, link_bytes_per_s: float = 25e9, memory_bytes: int = 72 * GIB) -> PhysicalCosts:
+    """Of `h100` or `h800` with 80 GB, 72 GiB of it for weights and KV. The default link is half of what PCIe 5.0 x16 is specified for."""
+    kinds = {
+        kind: PhysicalKind(prefill=prefill, decode=decode, num_weight_bytes=_SIZES[kind].weight_bytes, num_kv_bytes=_SIZES[kind].kv_bytes)
+        for kind, (prefill, decode) in _CLEAN[device].items()
+    }
+    return PhysicalCosts(kinds=kinds, memory_bytes=memory_bytes, link_bytes_per_s=link_bytes_per_s)
