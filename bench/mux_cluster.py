@@ -182,7 +182,10 @@ _numbers = itertools.count()
 
 
 def make_config(models: dict[str, Path], policy: str, arena_bytes: int, token: str, max_quota_s: float) -> ClusterConfig:
-    """Two workers with one thread each, both computing prompts and tokens. Nothing is refused: what comes too late is counted as late, for every policy alike."""
+    """Two workers with one thread each, both computing prompts and tokens.
+
+    Nothing is refused: what comes too late is counted as late, for every policy alike.
+    """
     pool = {"workers": 1, "num_threads": 1, "arena_bytes": arena_bytes}
     return ClusterConfig.from_dict(
         {
