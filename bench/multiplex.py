@@ -199,6 +199,7 @@ async def describe_setup(bench: Bench) -> Setup:
         probes=bench.args.probes,
         repeats=bench.args.repeats,
         lengths=bench.args.lengths.name if bench.args.lengths else None,
+        command=" ".join(sys.argv[1:]),
     )
 
 

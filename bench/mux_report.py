@@ -41,6 +41,7 @@ class Setup:
     probes: int
     repeats: int
     lengths: str | None
+    command: str  # its arguments
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def table(setup: Setup, results: Sequence[Result]) -> str:
         "",
         *_runs(results),
         "",
-        "Made by `python bench/multiplex.py --out docs/results/multiplex.md`.",
+        f"Made by `python bench/multiplex.py {setup.command}`.",
         "",
     ]
     return "\n".join(lines)
@@ -194,7 +195,7 @@ def draw(setup: Setup, results: Sequence[Result], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     rows[0].axes[0].set_ylabel("tokens on time, %")
     handles, labels = rows[0].axes[0].get_legend_handles_labels()
-    rows[0].legend(handles, labels, loc="outside upper center", ncols=len(policies), frameon=False)
+    rows[0].legend(handles, labels, loc="outside upper center", ncols=min(len(policies), 3 if len(traces) < 4 else 5), frameon=False)
     _bars(rows[1].subplots(), rates(results), traces, policies)
     figure.suptitle(
         f"{setup.num_models} models on two CPU workers that hold {setup.num_fitting:.0f} each; "

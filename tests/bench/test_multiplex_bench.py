@@ -158,6 +158,7 @@ def test_the_report_and_its_picture_can_be_made(tmp_path: Path) -> None:
         probes=2,
         repeats=2,
         lengths=None,
+        command="--quick",
     )
     text = table(setup, results())
     assert "| even | 8.5 (8.5 to 8.5) | 4.0 (4.0 to 4.0) | 3.0 (3.0 to 3.0) | 0.0 (0.0 to 0.0) | 2.83 | 2.12 |" in text
