@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 
 from polymux.cluster import snapshots
-from polymux.cluster.books import DecodeBook, PrefillBook, Promise
 from polymux.cluster.config import ClusterConfig
-from polymux.cluster.ledger import Ledger, PlacedSequence, Request
-from polymux.cluster.pool import Able, Pool
+from polymux.cluster.dispatcher import Dispatcher
+from polymux.cluster.ledger import Ledger, Request
+from polymux.cluster.pool import Pool
 from polymux.cluster.registry import Registry
 from polymux.cluster.snapshots import ModelRecord, both_roles
 from polymux.cluster.steering import Steering
 from polymux.cluster.topology import Expired, Stats, Topology
 from polymux.disagg.admission import AdmissionLimits, Verdict, decide
 from polymux.disagg.balance import BatchMove
-from polymux.disagg.dispatch import choose_decode, choose_prefill
 from polymux.disagg.slo import SLO
-from polymux.disagg.views import AskView, DoorView
-from polymux.transport.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, Overloaded, PolymuxError, StaleEpoch
+from polymux.disagg.views import DoorView
+from polymux.transport.errors import DeadlineExceeded, InvalidRequest, PolymuxError, StaleEpoch
 from polymux.transport.messages import Admit, Joined, ModelLoad, ModelSpec, Placement, Release, Reported, WorkerHello, WorkerReport
-from polymux.transport.prefix import MAX_PROMPT_MARKS
-from polymux.transport.units import ClientId, Epoch, ModelName, SequenceId, WorkerId, unpack_ids
+from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
 
 OUTCOMES = ("finished", "refused", "cancelled", "failed")  # of a Release
 MISSES = ("refused", "failed", "expired")  # of the service, not of the client
-
-
-@dataclass(slots=True)
-class _Forecast:
-    """What placing a request's sequences came to."""
-
-    is_idle: bool  # the first one has nobody before it
-    ttft_s: float = 0.0  # of the last one
-    switch_s: float = 0.0
 
 
 class Controller:
@@ -60,6 +48,7 @@ class Controller:
         self._records: dict[ModelName, ModelRecord] = {}
         self._pool = Pool(config)
         self._steering = Steering(config, self._pool)
+        self._dispatcher = Dispatcher(config, self._pool, self._steering)
         self._ledger = Ledger()
         self._outcomes: Counter[str] = Counter()
 
@@ -163,12 +152,12 @@ class Controller:
     def _admit_new(self, ask: Admit, now_s: float) -> Request:
         spec = self._registry.get(ask.model)
         self._check(ask)
-        able = self._able(spec)
+        able = self._dispatcher.able(spec, now_s)
         slo = SLO(ttft_s=ask.ttft_slo_s or spec.ttft_slo_s, tpot_s=ask.tpot_slo_s or spec.tpot_slo_s)
         deadline_s = min(ask.deadline_s, self._config.limits.request_timeout_s)
         request = Request(ask, slo, now_s + deadline_s + self._config.liveness.reap_grace_s)
         queued = [book.queued() for book in self._pool.decode.values()]
-        forecast = self._place(request, ask, range(ask.num_sequences), able, now_s)
+        forecast = self._dispatcher.place(request, ask, range(ask.num_sequences), self._records[ask.model], able, now_s)
         free = [book.free_bytes() for book in self._pool.decode.values()]
         door = DoorView(
             num_queued=sum(num_seqs for num_seqs, _ in queued),
@@ -205,34 +194,15 @@ class Controller:
         lost = [i for i, sequence in enumerate(request.sequences) if i not in moving and sequence.must_move(ask.excluded)]
         if not moving and not lost:
             return
-        able = self._able(self._registry.get(ask.model))
+        able, record = self._dispatcher.able(self._registry.get(ask.model), now_s), self._records[ask.model]
         for i in moving:
-            self._place_moving(request, ask, i, able, now_s)
+            self._dispatcher.move(request, ask, i, record, able, now_s)
             self._outcomes["moved"] += 1
         for i in lost:
             request.sequences[i].end()
         if lost:
-            self._place(request, ask, lost, able, now_s)
+            self._dispatcher.place(request, ask, lost, record, able, now_s)
             self._outcomes["replayed"] += 1
-
-    def _place_moving(self, request: Request, ask: Admit, number: int, able: Able, now_s: float) -> None:
-        """Another decode worker, to which the present one hands the KV over; the prefill is done."""
-        sequence = request.sequences[number]
-        old = sequence.decode.hello.worker_id
-        view = self._ask_view(request, replace(ask, excluded=(*ask.excluded, old)))
-        headed = self._steering.headed(ask.model, old)
-        decodes = [book.view() for book in able.decode]
-        quota_s = self._config.policies.max_quota_s
-        chosen = choose_decode(view, [one for one in decodes if one.worker_id == headed], max_quota_s=quota_s)
-        chosen = chosen or choose_decode(view, decodes, max_quota_s=quota_s)
-        chosen = chosen or choose_decode(_unrestricted(view), decodes, max_quota_s=quota_s)
-        assert chosen is not None
-        sequence.decode.end(sequence.sequence_id)
-        sequence.decode = self._pool.decode[chosen.worker_id]
-        num_tokens = ask.num_prompt_tokens + view.num_output_tokens
-        sequence.decode.promise(
-            sequence.sequence_id, Promise(now_s, ask.model, ask.num_prompt_tokens, num_tokens, view.kv_bytes, view.tpot_slo_s)
-        )
 
     def _check(self, ask: Admit) -> None:
         limit = self._config.limits.max_choices
@@ -247,77 +217,6 @@ class Controller:
                 raise InvalidRequest(f"{name}={value} must be above 0", param=name)
         if not ask.deadline_s > 0:
             raise DeadlineExceeded(f"the deadline passed {-ask.deadline_s:.3f} s before admission")
-
-    def _able(self, spec: ModelSpec) -> Able:
-        """The workers for a model. Raises Overloaded when a role has none alive, OutOfMemory when none of them is large enough."""
-        if not (self._pool.prefill and self._pool.decode):
-            self._steering.split(self._clock())  # where roles follow the load, whoever is alive takes both
-        able = self._pool.able(spec)
-        for role, alive, large in (("prefill", self._pool.prefill, able.prefill), ("decode", self._pool.decode, able.decode)):
-            if not alive:
-                raise Overloaded(f"no {role} worker is alive", retry_after_s=self._config.liveness.worker_lease_s)
-            if not large:
-                largest = max(book.hello.arena_bytes for book in alive.values())
-                raise OutOfMemory(
-                    f"model {spec.model!r} has {spec.weight_bytes} bytes of weights, and the largest {role} arena has {largest}; raise "
-                    f"pools.{role}.arena_bytes"
-                )
-        return able
-
-    def _place(self, request: Request, ask: Admit, numbers: Iterable[int], able: Able, now_s: float) -> _Forecast:
-        """Choose both workers of these sequences, one after another, and book each before the next is chosen."""
-        view = self._ask_view(request, ask)
-        forecast: _Forecast | None = None
-        for number in numbers:
-            sequence_id = SequenceId(f"{ask.request_id}/{number}")
-            prefill, decode, found = self._place_one(sequence_id, view, able, now_s)
-            sequence = PlacedSequence(sequence_id, prefill, decode)
-            if number < len(request.sequences):
-                request.sequences[number] = sequence
-            else:
-                request.sequences.append(sequence)
-            forecast = forecast or found
-            forecast.ttft_s, forecast.switch_s = max(forecast.ttft_s, found.ttft_s), max(forecast.switch_s, found.switch_s)
-        assert forecast is not None
-        return forecast
-
-    def _ask_view(self, request: Request, ask: Admit) -> AskView:
-        record = self._records[ask.model]
-        num_output_tokens = max(1, min(ask.max_tokens, round(record.mean_output_tokens)))
-        num_tokens = ask.num_prompt_tokens + num_output_tokens
-        return AskView(
-            model=ask.model,
-            num_prompt_tokens=ask.num_prompt_tokens,
-            num_output_tokens=num_output_tokens,
-            tpot_slo_s=request.slo.tpot_s,
-            kv_bytes=record.spec.kv.num_blocks(num_tokens) * record.block_bytes,
-            weight_bytes=record.spec.weight_bytes,
-            excluded=self._pool.stalled.union(ask.excluded) if ask.excluded else self._pool.stalled,
-            prefix_marks=tuple(unpack_ids(ask.prefix_hashes[: MAX_PROMPT_MARKS * 4])),
-            block_size=record.spec.kv.block_size,
-        )
-
-    def _place_one(self, sequence_id: SequenceId, ask: AskView, able: Able, now_s: float) -> tuple[PrefillBook, DecodeBook, _Forecast]:
-        prefills = [book.view() for book in able.prefill]
-        decodes = [book.view() for book in able.decode]
-        anyone = ask if not ask.excluded else _unrestricted(ask)
-        group, quota_s = self._config.policies.max_group_size, self._config.policies.max_quota_s
-        decode = choose_decode(ask, decodes, max_quota_s=quota_s) or choose_decode(anyone, decodes, max_quota_s=quota_s)
-        assert decode is not None
-        if self._config.pools.split == "shared":
-            prefills = [view for view in prefills if view.worker_id == decode.worker_id] or prefills
-        prefill = choose_prefill(ask, prefills, now_s=now_s, max_group_size=group)
-        prefill = prefill or choose_prefill(anyone, prefills, now_s=now_s, max_group_size=group)
-        assert prefill is not None
-        source, target = self._pool.prefill[prefill.worker_id], self._pool.decode[decode.worker_id]
-        is_idle = source.busy_until_s <= now_s and decode.wait_s == 0
-        forecast = _Forecast(is_idle=is_idle, ttft_s=prefill.finish_s + decode.wait_s, switch_s=prefill.switch_s)
-        claim = (now_s, ask.model, ask.num_prompt_tokens, ask.num_prompt_tokens + ask.num_output_tokens, ask.kv_bytes, ask.tpot_slo_s)
-        source.promise(sequence_id, Promise(*claim, busy_s=prefill.prefill_s + prefill.switch_s))
-        source.expect(ask.prefix_marks)
-        target.promise(sequence_id, Promise(*claim))
-        self._steering.arrived(prefill.prefill_s + prefill.switch_s, now_s)
-        return source, target, forecast
 
     def release(self, release: Release) -> bool:
         """The request has ended. False, and no harm done, when it is not in the books."""
@@ -424,14 +323,3 @@ class Controller:
 
 def _is_idle(load: ModelLoad) -> bool:
     return not (load.num_waiting or load.num_running)
-
-
-def _unrestricted(ask: AskView) -> AskView:
-    return AskView(
-        model=ask.model,
-        num_prompt_tokens=ask.num_prompt_tokens,
-        num_output_tokens=ask.num_output_tokens,
-        tpot_slo_s=ask.tpot_slo_s,
-        kv_bytes=ask.kv_bytes,
-        weight_bytes=ask.weight_bytes,
-    )

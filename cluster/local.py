@@ -14,8 +14,9 @@ from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import Worker, WorkerSettings
 from polymux.cluster.config import ClusterConfig
+from polymux.cluster.processes import WorkerHandle
 from polymux.cluster.sizing import store_bytes
-from polymux.cluster.supervisor import Supervisor, WorkerHandle
+from polymux.cluster.supervisor import Supervisor
 from polymux.transport.errors import WorkerLost
 from polymux.transport.messages import LookBack, ModelSpec, Role, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import Epoch, ModelName
@@ -105,7 +106,7 @@ class LocalCluster(Supervisor):
 
     @property
     def workers(self) -> list[Worker]:
-        return [m.handle.worker for m in self._members if isinstance(m.handle, LocalHandle) and m.handle.worker is not None]
+        return [m.handle.worker for m in self._places if isinstance(m.handle, LocalHandle) and m.handle.worker is not None]
 
     async def __aenter__(self) -> LocalCluster:
         await self.start()

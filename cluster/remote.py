@@ -15,8 +15,9 @@ from polymux.actors.remote import ACTOR_THREADS, StoreActor, WorkerActor
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, ModelConfig
+from polymux.cluster.processes import WorkerHandle
 from polymux.cluster.sizing import num_threads, store_bytes
-from polymux.cluster.supervisor import Supervisor, WorkerHandle
+from polymux.cluster.supervisor import Supervisor
 from polymux.transport import bulk_copy
 from polymux.transport.errors import PeerLost, PolymuxError, WorkerLost
 from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport, WorkerTimeline

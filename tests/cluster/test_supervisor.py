@@ -14,7 +14,8 @@ from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import WorkerSettings
 from polymux.cluster import supervisor as supervisor_module
 from polymux.cluster.config import ClusterConfig, LivenessConfig, ModelConfig, PoolConfig, PoolsConfig
-from polymux.cluster.supervisor import MAX_RESTARTS, Supervisor, WorkerHandle
+from polymux.cluster.processes import MAX_RESTARTS, WorkerHandle
+from polymux.cluster.supervisor import Supervisor
 from polymux.transport.errors import CheckpointError, ConfigError, PolymuxError, WorkerLost
 from polymux.transport.messages import LookBack, ModelSpec, Role, Span, SpanKind, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import MIB, Epoch, ModelName, WorkerId
