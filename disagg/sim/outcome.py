@@ -10,6 +10,7 @@ A request that failed counts 0 in `qos`, misses its missing tokens in `tok` and 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,32 @@ class Progress:
             self._start, self._accum = elapsed_us, 0
         self._target += self.targets.tpot_us
 
+    def tokens(self, ends_us: Sequence[int], max_gap_us: int) -> None:
+        """One more token at each of these times, in order, no two further apart than `max_gap_us`: the same as `token` for each.
+
+        While tokens come at least as fast as they are due, lateness only falls: one on time means that all after it are.
+        """
+        tpot_us, count = self.targets.tpot_us, len(ends_us)
+        if count < 3 or max_gap_us > tpot_us:
+            for at_us in ends_us:
+                self.token(at_us)
+            return
+        elapsed_us = ends_us[0] - self.request.arrival_us
+        if self.first_us is None:
+            self.first_us = ends_us[0]
+        first_due_us = self.request.arrival_us + self.targets.due_us(self.num_tokens)
+        num_late = 0
+        if ends_us[0] > first_due_us:
+            num_late = bisect_left(range(count), True, key=lambda i: ends_us[i] <= first_due_us + i * tpot_us)
+        self.num_on_time += count - num_late
+        self.num_tokens += count
+        self.last_us = ends_us[-1]
+        if elapsed_us - self._start > self._target:
+            self._good += self._accum
+            self._start = elapsed_us
+        self._target += count * tpot_us
+        self._accum = self._target - tpot_us
+
     @property
     def is_done(self) -> bool:
         return self.num_tokens >= self.request.output_len
@@ -82,6 +109,11 @@ class Progress:
             return 0.0
         total_us = self.last_us - self.request.arrival_us
         return (self._good + min(self._target, total_us - self._start)) / total_us if total_us else 1.0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it still lacks. Only the simulation itself may ask; no policy knows."""
+        return self.request.output_len - self.num_tokens
 
     @property
     def ttft_us(self) -> int | None:

@@ -6,14 +6,12 @@ mended, so the rules stand here as they were found. One deviation: batches of a 
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from polymux.disagg.sim.costs import SECOND, CostModel
+from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.request_level import PATIENCE_US
-from polymux.disagg.sim.workload import SimRequest
 
 LOOKAHEAD = 64  # tokens that each sequence of a batch may still grow by, where a batch is asked whether one more fits
 MIN_ALPHA = 0.5
@@ -63,49 +61,38 @@ class _Decode(_Device):
     stepping: list[Progress] = field(default_factory=list)
 
 
-def simulate_published(
-    requests: Sequence[SimRequest],
-    costs: CostModel,
-    targets: Targets,
-    *,
-    num_prefill: int,
-    num_decode: int,
-    max_quota_us: int = 4 * SECOND,
-) -> list[Progress]:
-    """Serve them all, in arrival order. Returns their progress, in the same order."""
-    return _Published(costs, targets, num_prefill, num_decode, max_quota_us).run([Progress(request, targets) for request in requests])
+class Published(Simulation[_Prefill | _Decode]):
+    """Serves with so many devices of each phase. A turn lasts `max_quota_us` at most."""
 
-
-class _Published:
-    def __init__(self, costs: CostModel, targets: Targets, num_prefill: int, num_decode: int, max_quota_us: int) -> None:
+    def __init__(
+        self,
+        costs: CostModel,
+        targets: Targets,
+        *,
+        num_prefill: int,
+        num_decode: int,
+        max_quota_us: int = 4 * SECOND,
+        journal: Journal | None = None,
+    ) -> None:
+        super().__init__(targets, journal)
         self._costs = costs
         self._tpot_us = targets.tpot_us
         self._max_quota_us = max_quota_us
         self._prefills = [_Prefill(i) for i in range(num_prefill)]
-        self._decodes = [_Decode(i) for i in range(num_decode)]
-        self._events: list[tuple[int, int, _Prefill | _Decode]] = []
-        self._num_events = 0
+        self._decodes = [_Decode(num_prefill + i) for i in range(num_decode)]
 
-    def run(self, requests: list[Progress]) -> list[Progress]:
-        waiting = iter(requests)
-        arriving = next(waiting, None)
-        while arriving is not None or self._events:
-            if arriving is not None and (not self._events or arriving.request.arrival_us <= self._events[0][0]):
-                self._arrive(arriving)
-                arriving = next(waiting, None)
-                continue
-            now_us, _, device = heapq.heappop(self._events)
-            device.is_busy = False
-            if isinstance(device, _Prefill):
-                self._prefilled(device, now_us)
-            else:
-                self._stepped(device, now_us)
-        return requests
+    def _ended(self, device: _Prefill | _Decode, now_us: int) -> None:
+        device.is_busy = False
+        if isinstance(device, _Prefill):
+            self._prefilled(device, now_us)
+        else:
+            self._stepped(device, now_us)
 
-    def _after(self, took_us: int, now_us: int, device: _Prefill | _Decode) -> None:
+    def _began(self, device: _Prefill | _Decode, kind: str, model: str, now_us: int, switch_us: int, step_us: int) -> None:
         device.is_busy = True
-        self._num_events += 1
-        heapq.heappush(self._events, (now_us + took_us, self._num_events, device))
+        self._note(device.number, SWITCH, model, now_us, now_us + switch_us)
+        self._note(device.number, kind, model, now_us + switch_us, now_us + switch_us + step_us)
+        self._at(now_us + switch_us + step_us, device)
 
     # -- prefill: groups of one model in line, one prompt at a time ---------------------------------------------------
 
@@ -121,6 +108,7 @@ class _Published:
         else:
             device = min(self._prefills, key=lambda d: (len(d.groups), d.number))
             device.groups.append((model, [one]))
+        self._note_placement(one, device.number)
         self._start_prefill(device, now_us)
 
     @staticmethod
@@ -141,7 +129,7 @@ class _Published:
         took_us = device.switch_us(model, one.request.kind, self._costs)
         step_us = self._costs.prefill_us(one.request.kind, [one.request.input_len])
         device.computed_us += step_us
-        self._after(took_us + step_us, now_us, device)
+        self._began(device, PREFILL, model, now_us, took_us, step_us)
 
     def _prefilled(self, device: _Prefill, now_us: int) -> None:
         one, device.serving = device.serving, None
@@ -195,7 +183,7 @@ class _Published:
         step_us = self._costs.decode_us(batch.kind, len(batch.members), batch.kv_tokens)
         device.computed_us += step_us
         device.stepping = list(batch.members)
-        self._after(took_us + step_us, now_us, device)
+        self._began(device, DECODE, batch.model, now_us, took_us, step_us)
 
     def _current(self, device: _Decode, now_us: int) -> _Batch | None:
         """The batch whose turn it is; turns that are over go to the end of the line, and a round that is over begins anew."""

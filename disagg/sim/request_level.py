@@ -7,13 +7,11 @@ step is oldest, and since a worker that loads has taken no step lately, several 
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from polymux.disagg.sim.costs import MS, CostModel
+from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
-from polymux.disagg.sim.workload import SimRequest
 
 MAX_IN_ROW = 4  # requests of one model at a worker's tail before another worker is tried
 PATIENCE_US = 15_000 * MS  # a request without a token for so long is given up, at the next arrival
@@ -46,38 +44,23 @@ class _Worker:
         return self.queue[:end]
 
 
-def simulate_request_level(
-    requests: Sequence[SimRequest], costs: CostModel, targets: Targets, *, num_workers: int, idle_first: bool = False
-) -> list[Progress]:
-    """Serve them all, in arrival order; every worker does both phases. Returns their progress, in the same order."""
-    return _RequestLevel(costs, num_workers, idle_first).run([Progress(request, targets) for request in requests])
+class RequestLevel(Simulation[_Worker]):
+    """Every worker does both phases. `idle_first`: `serverless_idle`."""
 
-
-class _RequestLevel:
-    def __init__(self, costs: CostModel, num_workers: int, idle_first: bool) -> None:
+    def __init__(
+        self, costs: CostModel, targets: Targets, *, num_workers: int, idle_first: bool = False, journal: Journal | None = None
+    ) -> None:
+        super().__init__(targets, journal)
         self._costs = costs
         self._idle_first = idle_first
         self._workers = [_Worker(i) for i in range(num_workers)]
-        self._events: list[tuple[int, int, _Worker]] = []  # when a worker's load or step ends
-        self._num_events = 0
-
-    def run(self, requests: list[Progress]) -> list[Progress]:
-        waiting = iter(requests)
-        arriving = next(waiting, None)
-        while arriving is not None or self._events:
-            if arriving is not None and (not self._events or arriving.request.arrival_us <= self._events[0][0]):
-                self._arrive(arriving)
-                arriving = next(waiting, None)
-            else:
-                now_us, _, worker = heapq.heappop(self._events)
-                self._step_ended(worker, now_us)
-        return requests
 
     def _arrive(self, one: Progress) -> None:
         now_us = one.request.arrival_us
         for worker in self._workers:
             self._purge(worker, now_us)
         worker = self._place(one)
+        self._note_placement(one, worker.number)
         worker.queue.append(one)
         self._start(worker, now_us)
 
@@ -104,22 +87,25 @@ class _RequestLevel:
         if worker.is_busy or not worker.queue:
             return
         run = worker.head_run()
-        kind = run[0].request.kind
-        if worker.loaded != run[0].request.model:
-            worker.loaded = run[0].request.model
+        model, kind = run[0].request.model, run[0].request.kind
+        if worker.loaded != model:
+            worker.loaded = model
+            what = SWITCH
             took_us = self._costs.load_us(kind)
         elif new := [one for one in run if not one.num_tokens]:
             worker.running = new
+            what = PREFILL
             took_us = self._costs.prefill_us(kind, [one.request.input_len for one in new])
         else:
             worker.running = run
+            what = DECODE
             kv_tokens = sum(one.request.input_len + one.num_tokens for one in run)
             took_us = self._costs.decode_us(kind, len(run), kv_tokens)
         worker.is_busy = True
-        self._num_events += 1
-        heapq.heappush(self._events, (now_us + took_us, self._num_events, worker))
+        self._note(worker.number, what, model, now_us, now_us + took_us)
+        self._at(now_us + took_us, worker)
 
-    def _step_ended(self, worker: _Worker, now_us: int) -> None:
+    def _ended(self, worker: _Worker, now_us: int) -> None:
         worker.is_busy = False
         if worker.running:
             worker.last_step_us = now_us

@@ -29,8 +29,11 @@ class Switcher(Protocol):
     def switch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int:
         """Make it active; how long until its first step may start. Models in `wanted` have work here, and leave last."""
 
-    def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> None:
-        """Begin to bring it in, if that needs nobody's room who is wanted."""
+    def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int | None:
+        """Begin to bring it in, if that needs nobody's room who is wanted. When to ask again, where another load is under way."""
+
+    def can_prefetch(self, named: ModelName | None, models: Collection[ModelName]) -> bool:
+        """Whether any two of these models fit beside each other, and what was `named` for prefetch last is there or on its way."""
 
     def computed(self, step_us: int) -> None:
         """The active model has computed so long."""
@@ -61,8 +64,12 @@ class ArtifactSwitcher:
             self.active, self._computed_us = model, 0
         return took_us
 
-    def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> None:
+    def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int | None:
         """Nothing to do: see above."""
+        return None
+
+    def can_prefetch(self, named: ModelName | None, models: Collection[ModelName]) -> bool:
+        return True
 
     def computed(self, step_us: int) -> None:
         self._computed_us += step_us
@@ -101,12 +108,21 @@ class PhysicalSwitcher:
             self._popularity[model] = self._popularity.get(model, Popularity()).touched(now_us / SECOND)
         return took_us
 
-    def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> None:
-        if model in self._ready_at_us or self._link_free_us > now_us:
-            return
+    def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int | None:
+        if model in self._ready_at_us:
+            return None
+        if self._link_free_us > now_us:
+            return self._link_free_us
         keep = frozenset(wanted) | {model} | ({self.active} if self.active is not None else set())
         if self._make_room(model, now_us, (), keep=keep):
             self._load(model, now_us)
+        return None
+
+    def can_prefetch(self, named: ModelName | None, models: Collection[ModelName]) -> bool:
+        if named is not None and named not in self._ready_at_us:
+            return False
+        sizes = sorted((self.costs.weight_bytes(self.kinds[model]) for model in models), reverse=True)
+        return sum(sizes[:2]) <= self.weight_budget_bytes
 
     def computed(self, step_us: int) -> None:
         """Loads run beside compute at their own speed."""

@@ -1,0 +1,105 @@
+"""The policies that can be simulated, by name, each over the same requests, costs and number of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from polymux.disagg.sim.costs import CostModel
+from polymux.disagg.sim.loop import Journal, Simulation
+from polymux.disagg.sim.oracle import OracleLevel
+from polymux.disagg.sim.outcome import Targets
+from polymux.disagg.sim.published import Published
+from polymux.disagg.sim.request_level import RequestLevel
+from polymux.disagg.sim.static import StaticPlacement
+from polymux.disagg.sim.token_level import TokenLevel
+from polymux.disagg.turn_policies import turn_policy
+from polymux.transport.errors import ConfigError
+
+PREFILL_SHARE = 6 / 16  # of the devices, in Aegaeon's published setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Equal devices. `num_prefill` of them prefill under policies that keep the phases apart; None takes the published share.
+
+    `weight_budget_bytes`: of a device's memory, where models may stay; None: only the active one does, as in the published artifact.
+    """
+
+    num_devices: int
+    num_prefill: int | None = None
+    max_prefill_tokens: int = 2048
+    max_num_seqs: int = 256
+    weight_budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_devices < 1:
+            raise ConfigError(f"devices={self.num_devices} must be at least 1", param="devices")
+        if self.num_prefill is not None and not 0 < self.num_prefill < self.num_devices:
+            raise ConfigError(f"prefill={self.num_prefill} must leave some of {self.num_devices} devices for decode", param="prefill")
+
+    @property
+    def split(self) -> tuple[int, int]:
+        num_prefill = max(1, round(PREFILL_SHARE * self.num_devices)) if self.num_prefill is None else self.num_prefill
+        return num_prefill, max(1, self.num_devices - num_prefill)
+
+
+Builder = Callable[[CostModel, Targets, Pool, Journal | None], Simulation[Any]]
+
+
+def _turns(name: str) -> Builder:
+    def build(costs: CostModel, targets: Targets, pool: Pool, journal: Journal | None) -> Simulation[Any]:
+        return TokenLevel(
+            costs,
+            targets,
+            turn_policy(name),
+            num_workers=pool.num_devices,
+            max_prefill_tokens=pool.max_prefill_tokens,
+            max_num_seqs=pool.max_num_seqs,
+            weight_budget_bytes=pool.weight_budget_bytes,
+            journal=journal,
+        )
+
+    return build
+
+
+def _published(costs: CostModel, targets: Targets, pool: Pool, journal: Journal | None) -> Simulation[Any]:
+    num_prefill, num_decode = pool.split
+    return Published(costs, targets, num_prefill=num_prefill, num_decode=num_decode, journal=journal)
+
+
+POLICIES: dict[str, Builder] = {
+    "slack": _turns("slack"),
+    "wrr": _published,
+    "wrr-shared": _turns("wrr"),
+    "sllm": lambda costs, targets, pool, journal: RequestLevel(costs, targets, num_workers=pool.num_devices, journal=journal),
+    "sllm-idle": lambda costs, targets, pool, journal: RequestLevel(
+        costs, targets, num_workers=pool.num_devices, idle_first=True, journal=journal
+    ),
+    "sllm-oracle": lambda costs, targets, pool, journal: OracleLevel(costs, targets, num_workers=pool.num_devices, journal=journal),
+    "static": lambda costs, targets, pool, journal: StaticPlacement(
+        costs, targets, num_workers=pool.num_devices, max_models=1, journal=journal
+    ),
+    "mux": lambda costs, targets, pool, journal: StaticPlacement(costs, targets, num_workers=pool.num_devices, journal=journal),
+}
+
+ORACLES = frozenset({"sllm-oracle"})  # see output lengths
+
+LABELS = {
+    "slack": "slack (polymux)",
+    "wrr": "wrr (Aegaeon as published)",
+    "wrr-shared": "wrr on shared workers",
+    "sllm": "ServerlessLLM",
+    "sllm-idle": "ServerlessLLM, idle first",
+    "sllm-oracle": "ServerlessLLM+ (oracle)",
+    "static": "one device a model",
+    "mux": "static sharing by memory",
+}
+
+
+def simulation(name: str, costs: CostModel, targets: Targets, pool: Pool, journal: Journal | None = None) -> Simulation[Any]:
+    """The policy of that name over this pool, idle. Raises ConfigError, naming the ones there are."""
+    if name not in POLICIES:
+        raise ConfigError(f"policy {name!r} is unknown; there are: {', '.join(POLICIES)}", param="policy")
+    return POLICIES[name](costs, targets, pool, journal)
