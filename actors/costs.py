@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import re
 import tempfile
@@ -58,6 +59,7 @@ class Costs:
         self._device = device or Roofline()
         self._saved = dict(saved or {})
         self._by_key: dict[str, list[Cost]] = {}
+        self._digests: dict[ModelName, str] = {}
         self._lock = threading.Lock()
         self.prefill: dict[ModelName, Cost] = {}
         self.decode: dict[ModelName, Cost] = {}
@@ -65,7 +67,10 @@ class Costs:
         self.swap = self._cost("swap", "", guess_swap(self._device))
 
     def add_model(self, spec: ModelSpec) -> None:
-        """Models of one digest share a place in the file: there the one that was observed most counts."""
+        """Models of one digest share a place in the file: there the one that was observed most counts. One added again stays as it is."""
+        if self._digests.get(spec.model) == spec.digest:
+            return
+        self._digests[spec.model] = spec.digest
         self.prefill[spec.model] = self._cost("prefill", spec.digest, guess_prefill(spec, self._device))
         self.decode[spec.model] = self._cost("decode", spec.digest, guess_decode(spec, self._device))
 
@@ -115,12 +120,13 @@ class CostFile:
         text = json.dumps({"version": VERSION, "fits": {key: fits[key].to_dict() for key in sorted(fits)}})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                file.write(text)
+            handle, name = tempfile.mkstemp(suffix=".tmp", dir=self.path.parent)
             try:
-                Path(file.name).replace(self.path)
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                Path(name).replace(self.path)
             except OSError:
-                Path(file.name).unlink(missing_ok=True)
+                Path(name).unlink(missing_ok=True)
                 raise
         except OSError as error:
             log.warning("costs.not_saved path=%s reason=%s", self.path, error)

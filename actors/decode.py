@@ -6,6 +6,8 @@ failed stay in quarantine until the transport says that nobody writes to them an
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from polymux.actors.copier import Copier
@@ -67,6 +69,11 @@ class DecodeRole:
     def num_open(self) -> int:
         return len(self._sequences) + len(self._kept)
 
+    @property
+    def models(self) -> frozenset[ModelName]:
+        """Of all sequences here, whether they could step now or not."""
+        return frozenset(s.spec.model for s in self._sequences.values())
+
     def check(self) -> None:
         """Assert that the books of swaps are whole."""
         self._swaps.check(self._sequences.values())
@@ -105,8 +112,8 @@ class DecodeRole:
     def move(self, model: ModelName | None = None) -> None:
         """Give up all sequences, or those of one model, for the front door to place elsewhere; at a token boundary, as every call here.
 
-        One that runs is kept with its KV. One that waits has none, and is told so. One whose KV is on its way, or waits for it at the
-        worker that it came from, stays: ask again.
+        One that runs is kept with its KV. One that waits has none, and is told so; one that is swapped out loses its own. One whose KV is
+        on its way, or waits for it at the worker that it came from, stays: ask again.
         """
         for sequence in [s for s in self._sequences.values() if model in (None, s.spec.model)]:
             if sequence.phase is Phase.RUNNING:
@@ -168,15 +175,17 @@ class DecodeRole:
         """Those whose KV is here and whose next token can be computed."""
         return [s for s in self._sequences.values() if s.phase is Phase.RUNNING]
 
-    def step(self, turn: Turn) -> bool:
-        """One step of the turn's model; False when its oldest sequence lacks a block that nobody younger could give."""
+    def step(self, turn: Turn, wanted: Collection[ModelName]) -> bool:
+        """One step of the turn's model; False when its oldest sequence lacks a block that nobody younger could give.
+
+        Models in `wanted` have work on this worker: their weights leave last.
+        """
         batch = self._room.form(turn.model, self._sequences.values())
         if batch:
-            self._run(turn, batch)
+            self._run(turn, batch, wanted)
         return bool(batch)
 
-    def _run(self, turn: Turn, batch: list[Sequence]) -> None:
-        wanted = {s.spec.model for s in self._sequences.values()}
+    def _run(self, turn: Turn, batch: list[Sequence], wanted: Collection[ModelName]) -> None:
         started_s = self._engine.clock()
         try:
             switch = self._engine.activate(turn.model, wanted=wanted)

@@ -118,7 +118,3 @@ class Grants:
     def is_idle(self) -> bool:
         """No transfer will end, so no event is to come."""
         return not self._live and not self._quarantine
-
-    @property
-    def num_quarantined(self) -> int:
-        return sum(len(live.block_ids) for live in self._quarantine.values())

@@ -6,7 +6,7 @@ One job is one order. Its blocks here are the transfer's until the other side ha
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,11 @@ class PrefillRole:
     def num_open(self) -> int:
         return len(self._jobs)
 
+    @property
+    def models(self) -> frozenset[ModelName]:
+        """Of all prompts here."""
+        return frozenset(job.spec.model for job in self._jobs.values())
+
     def accept(self, command: Prefill, order: OrderRef) -> None:
         """Take an order in. One that cannot be served fails at once, to the decode worker, which tells the client."""
         try:
@@ -183,7 +188,7 @@ class PrefillRole:
         step, self._memory = self._policy.next_step(view, self._memory)
         if step is None:
             return False
-        self.run(step)
+        self.run(step, self.models)
         return True
 
     def prompts(self) -> tuple[PromptView, ...]:
@@ -204,11 +209,14 @@ class PrefillRole:
             for job in self._ready()
         )
 
-    def run(self, step: PrefillStep, on_switch: Callable[[], None] = lambda: None) -> None:
-        """One forward pass over these chunks; `on_switch` is called where it needs a switch, and that is done. An error ends their jobs."""
+    def run(self, step: PrefillStep, wanted: Collection[ModelName], on_switch: Callable[[], None] = lambda: None) -> None:
+        """One forward pass over these chunks; an error ends their jobs.
+
+        Models in `wanted` have work on this worker: their weights leave last. `on_switch` is called where a switch was needed, and is done.
+        """
         jobs = [self._jobs[chunk.sequence_id] for chunk in step.chunks]
         try:
-            self._run(step, jobs, on_switch)
+            self._run(step, jobs, wanted, on_switch)
         except PolymuxError as error:
             for job in jobs:
                 if job.command.sequence_id in self._jobs:
@@ -284,8 +292,7 @@ class PrefillRole:
         job.pushed_s = job.pushed_s or self._engine.clock()
         self._source.push(job.order, 0, job.spec.kv.num_layers, found, first)
 
-    def _run(self, step: PrefillStep, jobs: list[Job], on_switch: Callable[[], None]) -> None:
-        wanted = {job.spec.model for job in self._jobs.values()}
+    def _run(self, step: PrefillStep, jobs: list[Job], wanted: Collection[ModelName], on_switch: Callable[[], None]) -> None:
         switch = self._engine.activate(step.model, wanted=wanted)
         if switch is not None:
             self._meter.switched(switch)

@@ -6,6 +6,7 @@ both phases share one switch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -61,7 +62,7 @@ class Turns:
         self._turn: Turn | None = None
         self._began_s = 0.0
         self._has_news = False
-        self._passed_over = dict.fromkeys(Phase, 0)  # steps that the other phase has had since its own last one
+        self._passed_over: Counter[tuple[ModelName, Phase]] = Counter()  # steps that the other phase had, while this one waited
 
     def current(self, work: Mapping[ModelName, Work]) -> Turn | None:
         """The turn that goes on, or the policy's next one; None when there is no work."""
@@ -107,8 +108,9 @@ class Turns:
         view = PhaseView(now_s=self._engine.clock(), prefill=self._prefill_view(model, work, chunks), decode=self._decode_view(model, work))
         phase = next_phase(view)
         other = Phase.DECODE if phase is Phase.PREFILL else Phase.PREFILL
-        self._passed_over[phase] = 0
-        self._passed_over[other] += 1
+        self._passed_over.pop((model, phase), None)
+        if view.prefill is not None and view.decode is not None:
+            self._passed_over[model, other] += 1
         return phase
 
     def chunks(self, work: Work) -> tuple[Chunk, ...]:
@@ -126,7 +128,7 @@ class Turns:
             step_s=step_s,
             switch_s=0.0,
             num_tokens=max(1, sum(chunk.is_last for chunk in chunks)),
-            num_passed_over=self._passed_over[Phase.PREFILL],
+            num_passed_over=self._passed_over[model, Phase.PREFILL],
         )
 
     def _decode_view(self, model: ModelName, work: Work) -> WorkView | None:
@@ -139,7 +141,7 @@ class Turns:
             step_s=step_s,
             switch_s=0.0,
             num_tokens=len(work.running),
-            num_passed_over=self._passed_over[Phase.DECODE],
+            num_passed_over=self._passed_over[model, Phase.DECODE],
         )
 
     def _batch(self, model: ModelName, work: Work) -> BatchView:

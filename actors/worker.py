@@ -268,8 +268,9 @@ class Worker:
         if not self._decode.num_open:
             return self._prefill.step()
         work = by_model(self._decode.running(), self._prefill.prompts())
+        wanted = self._decode.models | self._prefill.models
         while (turn := self._turns.current(work)) is not None:
-            if self._step_in(turn, work[turn.model]):
+            if self._step_in(turn, work[turn.model], wanted):
                 return True
             work[turn.model].running.clear()  # no block for its oldest: another model's turn
             if not work[turn.model].prompts:
@@ -277,12 +278,11 @@ class Worker:
             self._turns.end()
         return False
 
-    def _step_in(self, turn: Turn, work: Work) -> bool:
+    def _step_in(self, turn: Turn, work: Work, wanted: frozenset[ModelName]) -> bool:
         if self._turns.phase(turn.model, work) is Phase.DECODE:
-            return self._decode.step(turn)
-        self._prefill.run(
-            PrefillStep(model=turn.model, chunks=self._turns.chunks(work), prefetch=turn.prefetch), on_switch=self._turns.began
-        )
+            return self._decode.step(turn, wanted)
+        step = PrefillStep(model=turn.model, chunks=self._turns.chunks(work), prefetch=turn.prefetch)
+        self._prefill.run(step, wanted, on_switch=self._turns.began)
         return True
 
     def _guarded(self, work: Callable[[], bool | None]) -> bool | None:

@@ -73,7 +73,7 @@ class EngineConfig(Section):
     block_size: Literal[16] = Field(default=16, description="token slots in a KV block; 16 is what the kernels are built for")
     prefix_caching: bool = Field(default=True, description="prompts that begin alike share their KV; see cache_salt in the API")
     weight_layout: Literal["auto", "plain", "onednn"] = Field(default="auto", description="how weights lie in memory; auto goes by device")
-    kv_fraction: float = Field(default=0.3, gt=0, lt=1, description="share of the arena that weights may never take")
+    kv_fraction: float = Field(default=0.3, gt=0, lt=1, description="share of the arena that weights may borrow, never keep")
     slab_bytes: AutoBytes = Field(default=None, description="unit in which KV memory is given to models; auto fits their blocks")
     probe_interval_s: Seconds = Field(default=10.0, description="how often an idle worker runs a step to show that it can")
 

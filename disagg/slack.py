@@ -6,14 +6,14 @@ that a turn takes, is the batch's urgency (the apparent tardiness cost rule of V
 
     urgency = sum over its sequences of  worth / TPOT * exp(-slack / horizon) / (turn_s + catch_up_s)
 
-- While a model with work is not resident, a turn lasts `STAY` TPOTs at least. Turns of a step or two would keep loads following each other
-  where they take their time from the steps (a CPU), and batches small everywhere: measured by `bench/multiplex.py`.
 - `turn_s` is one step of a resident model, and at least its switch for one that is not: so the resident one is preferred by what a switch
   costs, a large batch costs what it is measured to cost, and with free switches the rule decides nearly step by step.
-- A prompt's first token takes the prefill of its batch's prompts besides.
+- A prompt's first token takes the prefill of all its batch's prompts besides, so its slack is less by that and its turn longer.
 - `catch_up_s` is what a late sequence needs until its tokens are on time again. One that is hopelessly late does not drag the others down,
   one that needs a few steps is saved. A request that has been on time so far is worth more: its whole answer is at stake.
 - `horizon` is in proportion to a round of such turns: slack far beyond a round is worth little now.
+- While a model with work is not resident, a turn lasts `STAY` TPOTs at least. Turns of a step or two would keep loads following each other
+  where they take their time from the steps (a CPU), and batches small everywhere: measured by `bench/multiplex.py`.
 
 Where weights can be loaded while another model computes, a model that is not resident is loaded first and the turn before lasts until it
 is there. A decision depends on the view and on what is remembered here, never on the order of the view.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,23 @@ def test_a_file_is_plain_json(tmp_path: Path) -> None:
     file = CostFile(str(tmp_path), "cpu")
     file.save(taught().learned.observed())
     assert json.loads(file.path.read_text())["version"] == 1
+
+
+def test_a_model_that_is_added_again_keeps_what_was_learned() -> None:
+    meter = taught()
+    before = meter.learned.decode[A].fit
+    meter.add_model(spec_of(A))
+    assert meter.learned.decode[A].fit is before and meter.learned.observed()["decode/d1"] is before
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing_beside_the_old_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = CostFile(str(tmp_path), "cpu")
+    file.save(taught().learned.observed())
+    old, limits = file.path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with caplog.at_level(logging.CRITICAL, logger="polymux.costs"):
+            file.save(taught(digest="d2").learned.observed())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.path.read_text() == old and [path.name for path in tmp_path.iterdir()] == ["cpu.json"]

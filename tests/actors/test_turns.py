@@ -15,7 +15,7 @@ from polymux.actors.sequence import Phase as SequencePhase
 from polymux.actors.sequence import Sequence
 from polymux.actors.turns import Turns, Work, by_model
 from polymux.disagg.multiplex import Turn
-from polymux.disagg.phase import Phase
+from polymux.disagg.phase import MAX_PASSED_OVER, Phase
 from polymux.disagg.views import DecodeView, Due, PromptView
 from polymux.transport.errors import PolymuxError
 from polymux.transport.messages import Generate, KVLayout, ModelSpec, Peer, SamplingParams
@@ -165,3 +165,16 @@ def test_in_a_turn_the_phase_whose_token_would_be_late_comes_first(engine: Engin
     )
     assert turns.phase(A, Work([running("late", A, clock, due_in_s=0.002)], [prompt])) is Phase.DECODE
     assert turns.phase(A, Work([running("early", A, clock, due_in_s=9.0)], [prompt])) is Phase.PREFILL
+
+
+def test_only_steps_for_which_a_prompt_of_the_model_waited_count_as_passing_it_over(engine: Engine, clock: Clock) -> None:
+    turns, _ = turns_of(engine)
+    prompt = PromptView(
+        sequence_id=SequenceId("new"), model=A, order=2, num_tokens=20, num_done=0, due_at_s=109.0, tpot_slo_s=0.1, prefill_s=0.5
+    )
+    tight = running("tight", A, clock, due_in_s=0.002)
+    for _ in range(MAX_PASSED_OVER):
+        assert turns.phase(A, Work([tight], [])) is Phase.DECODE
+        assert turns.phase(B, Work([running("other", B, clock)], [])) is Phase.DECODE
+    phases = [turns.phase(A, Work([tight], [prompt])) for _ in range(MAX_PASSED_OVER + 1)]
+    assert phases == [Phase.DECODE] * MAX_PASSED_OVER + [Phase.PREFILL]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 from worker_pair import GREEDY, NAMES, prompt_of, running_pair
 
+from polymux.actors.weights.residency import Switch
 from polymux.transport.errors import WorkerLost
 from polymux.transport.kv import KVSettings
 from polymux.transport.messages import Cancel, FinishReason, SamplingParams
@@ -41,6 +42,28 @@ async def test_a_worker_prefills_and_decodes_as_it_is_asked() -> None:
             assert await pair.collect(sequence_id) == (tokens, mock.ANY)
         committed = [dict(worker.report().counters)["kv_transfers_committed"] for worker in (one, other)]
         assert committed == [len(prompts), 2 * len(prompts)]
+
+
+async def test_a_switch_for_a_prompt_spares_the_models_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_pair() as pair:
+        engine, here = pair.decode._engine, (pair.decode, pair.decode)
+        specs = [pair.specs[name] for name in NAMES]
+        for spec in specs:  # from here on both are resident, and take turns
+            await pair.collect(await pair.send(spec, prompt_of(spec, 20), GREEDY, roles=here))
+        activate, spared = engine.activate, list[tuple[set[ModelName], set[ModelName]]]()
+
+        def spy(model: ModelName, wanted: Collection[ModelName] = ()) -> Switch | None:
+            spared.append((set(wanted), {s.spec.model for s in pair.decode._decode._sequences.values()}))
+            return activate(model, wanted)
+
+        monkeypatch.setattr(engine, "activate", spy)
+        long = await pair.send(specs[0], prompt_of(specs[0], 20), replace(GREEDY, max_tokens=160), roles=here)
+        for salt in range(3):
+            late = await pair.send(specs[1], prompt_of(specs[1], 20, salt), replace(GREEDY, max_tokens=2), roles=here, due_in_s=0.0)
+            await pair.collect(late)
+        await pair.collect(long)
+    assert all(wanted == with_work for wanted, with_work in spared)
+    assert set(NAMES) in [wanted for wanted, _ in spared]
 
 
 async def test_workers_that_prefill_for_each_other_do_not_wait_for_each_others_blocks() -> None:

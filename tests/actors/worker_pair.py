@@ -97,6 +97,7 @@ class Pair:
         deadline_s: float = 30,
         roles: tuple[Worker, Worker] | None = None,
         cache_salt: str = "",
+        due_in_s: float = 10.0,
     ) -> str:
         """`roles`: who prefills and who decodes."""
         prefill, decode = roles or (self.prefill, self.decode)
@@ -113,7 +114,7 @@ class Pair:
                 deadline_s=deadline_s,
                 ttft_slo_s=10.0,
                 tpot_slo_s=0.1,
-                due_in_s=10.0,
+                due_in_s=due_in_s,
                 cache_salt=cache_salt,
             )
         )
