@@ -21,9 +21,9 @@ is there. A decision depends on the view and on what is remembered here, never o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import exp, fsum
+from math import exp, fsum, isfinite
 
 from polymux.disagg.multiplex import Turn
 from polymux.disagg.views import BatchView, DecodeView
@@ -120,15 +120,19 @@ class Slack:
         look_s = LOOK * min((b.switch_s for b in view.batches if b.switch_s > 0), default=0.0)
         turns_s = {b.model: max(b.step_s, b.switch_s, look_s) + exposed * b.switch_s for b in view.batches}
         horizon_s = self.horizon_rounds * fsum(turns_s[b.model] + b.prefill_s for b in view.batches)
-        return {b.model: self._urgency(b, turns_s[b.model], horizon_s, view.now_s + b.switch_s + b.step_s) for b in view.batches}
+        slacks = {b.model: _slacks_s(b, view.now_s) for b in view.batches}
+        least_s = min((slack_s for one in slacks.values() for slack_s in one), default=0.0)
+        spare_s = max(least_s, 0.0) if isfinite(least_s) else 0.0
+        return {b.model: self._urgency(b, slacks[b.model], turns_s[b.model], horizon_s, spare_s) for b in view.batches}
 
-    def _urgency(self, batch: BatchView, turn_s: float, horizon_s: float, ready_s: float) -> float:
+    def _urgency(self, batch: BatchView, slacks_s: Sequence[float], turn_s: float, horizon_s: float, spare_s: float) -> float:
+        """Where everybody has slack, `spare_s` of it counts for nobody: all urgencies grow alike, and none fades to nothing."""
         losses = []
-        for at_s, every_s, is_kept, is_prompt in batch.dues:
+        for (_, every_s, is_kept, is_prompt), slack_s in zip(batch.dues, slacks_s, strict=True):
             prefill_s = batch.prefill_s if is_prompt else 0.0
-            slack_s = at_s - ready_s - prefill_s
             if slack_s >= 0:
-                losses.append((self.kept_worth if is_kept else 1.0) / every_s * exp(-slack_s / horizon_s) / (turn_s + prefill_s))
+                faded = exp((spare_s - slack_s) / horizon_s)
+                losses.append((self.kept_worth if is_kept else 1.0) / every_s * faded / (turn_s + prefill_s))
             else:
                 gain_s = max(every_s - batch.step_s, 0.1 * every_s)  # on its deadlines, with each step
                 losses.append(1.0 / every_s / (turn_s + prefill_s - slack_s * batch.step_s / gain_s))
@@ -157,6 +161,12 @@ class Slack:
             look_s = max(look_s, LOOK * min(batch.switch_s for batch in others))
         batch = batches[model]
         return min(max(batch.step_s, batch.switch_s, look_s), self.max_quota_s)
+
+
+def _slacks_s(batch: BatchView, now_s: float) -> list[float]:
+    """The time left until each due, were the batch's turn to begin now."""
+    ready_s = now_s + batch.switch_s + batch.step_s
+    return [due.at_s - ready_s - (batch.prefill_s if due.is_prompt else 0.0) for due in batch.dues]
 
 
 def _first(models: Iterable[ModelName], rank: Mapping[ModelName, float]) -> ModelName:

@@ -99,6 +99,11 @@ def test_a_prompt_is_weighed_with_the_time_of_its_prefill() -> None:
     assert next_turn(batch("a", 0.5), replace(new, prefill_s=0.01, dues=(Due(0.3, 0.1, is_prompt=True),))).model == B
 
 
+def test_with_credit_for_minutes_the_one_due_first_still_goes_first_whatever_its_name() -> None:
+    assert next_turn(batch("a", 120.0), batch("b", 100.0)).model == B
+    assert next_turn(batch("a", 100.0), batch("b", 120.0)).model == A
+
+
 def test_without_a_word_on_deadlines_turns_still_change() -> None:
     memory, models = SLACK.start(), []
     for i in range(12):
