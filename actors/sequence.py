@@ -36,7 +36,6 @@ class Sequence:
     client_id: ClientId
     spec: ModelSpec
     order: int  # its place in the worker's line
-    arrival_s: float
     deadline_s: float
     first_due_s: float  # when token 0 was due; token i is due i * TPOT later
     prompt_ids: list[int]
@@ -46,7 +45,6 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)  # on the device; while it is swapped out, the first of its blocks
     host_ids: list[int] = field(default_factory=list)  # in the host tier: the rest of them
     transfer_id: TransferId | None = None
-    first_token_s: float | None = None
     num_preemptions: int = 0
     prefill: Peer | None = None  # who computes or hands over its KV; None: this worker itself
     handover: SequenceId | None = None  # under which it is kept at `prefill`
@@ -60,7 +58,6 @@ class Sequence:
             client_id=client_id,
             spec=spec,
             order=order,
-            arrival_s=now_s,
             deadline_s=now_s + command.deadline_s,
             first_due_s=now_s + command.due_in_s,
             prompt_ids=prompt_ids,
@@ -107,5 +104,3 @@ class Sequence:
         self.is_kept = self.is_kept and now_s <= self.due_s
         self.output_ids.append(token_id)
         self.sampler.append(token_id)
-        if self.first_token_s is None:
-            self.first_token_s = now_s
