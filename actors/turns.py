@@ -108,9 +108,9 @@ class Turns:
         view = PhaseView(now_s=self._engine.clock(), prefill=self._prefill_view(model, work, chunks), decode=self._decode_view(model, work))
         phase = next_phase(view)
         other = Phase.DECODE if phase is Phase.PREFILL else Phase.PREFILL
-        self._passed_over.pop((model, phase), None)
-        if view.prefill is not None and view.decode is not None:
-            self._passed_over[model, other] += 1
+        has_waited = view.prefill is not None and view.decode is not None
+        self._passed_over[model, phase] = 0
+        self._passed_over[model, other] = self._passed_over[model, other] + 1 if has_waited else 0
         return phase
 
     def chunks(self, work: Work) -> tuple[Chunk, ...]:

@@ -173,6 +173,8 @@ def test_only_steps_for_which_a_prompt_of_the_model_waited_count_as_passing_it_o
         sequence_id=SequenceId("new"), model=A, order=2, num_tokens=20, num_done=0, due_at_s=109.0, tpot_slo_s=0.1, prefill_s=0.5
     )
     tight = running("tight", A, clock, due_in_s=0.002)
+    for _ in range(5):  # for a prompt that is cancelled then
+        assert turns.phase(A, Work([tight], [prompt])) is Phase.DECODE
     for _ in range(MAX_PASSED_OVER):
         assert turns.phase(A, Work([tight], [])) is Phase.DECODE
         assert turns.phase(B, Work([running("other", B, clock)], [])) is Phase.DECODE
