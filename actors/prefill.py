@@ -1,13 +1,12 @@
 """The prefill role: orders come from decode workers with a grant of blocks; chunks are computed, layers pushed, the first token sent.
 
-One job is one order. Its blocks here are the transfer's until the other side has them or can no longer read them (`released`).
+A job's blocks here are the transfer's until the other side has them or can no longer read them (`released`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from polymux.actors.local_orders import LocalOrders, is_local
 from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
+from polymux.actors.prefill_job import Job
 from polymux.actors.sampler import SampledToken, SamplerState, sample_each
 from polymux.actors.turns import switch_left_s
 from polymux.actors.updates import token_update
@@ -30,41 +30,6 @@ from polymux.transport.prefix import TOKEN_BYTES, chain
 from polymux.transport.units import ModelName, SequenceId, unpack_ids
 
 PATIENCE_S = 0.5  # of a prompt whose blocks only this worker's own sequences could give
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One order under way. `num_done` counts the tokens whose KV is computed and pushed."""
-
-    order: OrderRef
-    command: Prefill
-    spec: ModelSpec
-    place: int  # in the worker's line
-    deadline_s: float
-    due_at_s: float  # its token, on the engine's clock
-    prompt_ids: list[int]
-    output_ids: list[int]
-    block_ids: list[int] = field(default_factory=list)
-    num_done: int = 0
-    short_since_s: float | None = None  # when it was first in line, and only this worker's own sequences had blocks
-    pushed_s: float | None = None  # when its first layer was offered to the transport
-    num_cached: int = 0  # of the done, found in the prefix cache
-    packed_ids: bytes = b""  # prompt and outputs, as the cache takes them
-    digests: list[bytes] = field(default_factory=list)  # of what of it may be cached
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
-
-    @property
-    def next_digest(self) -> bytes | None:
-        """Of the prefix that ends with the block that it computes next; None for the last, which is always computed."""
-        block = self.num_done // self.spec.kv.block_size
-        return self.digests[block] if block < len(self.digests) else None
-
-    def tokens(self, start: int, count: int) -> list[int]:
-        cut = len(self.prompt_ids)
-        return self.prompt_ids[start : start + count] + self.output_ids[max(start - cut, 0) : max(start + count - cut, 0)]
 
 
 class PrefillRole:
