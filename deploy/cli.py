@@ -293,5 +293,87 @@ def doctor(
     raise typer.Exit(show(examine(os.environ, host=host, port=port), out, is_json=is_json))
 
 
+# -- studies, without a cluster -----------------------------------------------------------------------------------------------------
+
+TraceSource = Annotated[str, typer.Option("--trace", help="a CSV or JSONL file, or a generator: poisson:models=64,rate=0.1,seconds=120")]
+Cluster = Annotated[Path | None, typer.Option("--cluster", help="YAML: devices, costs, device, ...", show_default=False)]
+SimSlo = Annotated[str, typer.Option("--slo", help="seconds to the first token, and for each one after it")]
+NumModels = Annotated[int, typer.Option("--models", min=1, help="over which a trace is spread that names none")]
+Zipf = Annotated[float, typer.Option(min=0.0, help="their popularity is rank ** -zipf")]
+Limit = Annotated[int | None, typer.Option(min=1, help="requests to take of the trace", show_default=False)]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result there", show_default=False)]
+
+
+@app.command()
+def simulate(
+    trace: Annotated[list[str], typer.Option("--trace", help="as of plan; repeat for several loads")],
+    cluster: Cluster = None,
+    policy: Annotated[list[str] | None, typer.Option("--policy", help="repeat for several; default: slack wrr sllm sllm-idle")] = None,
+    slo: SimSlo = "ttft=10,tpot=0.1",
+    speed: Annotated[list[float] | None, typer.Option(help="arrivals come so many times as fast; repeat for several")] = None,
+    models: NumModels = 16,
+    zipf: Zipf = 1.0,
+    seed: Annotated[int, typer.Option(help="of what a trace leaves open")] = 0,
+    limit: Limit = None,
+    json_file: JsonFile = None,
+    plots: Annotated[Path | None, typer.Option(help="draw pictures into this folder (needs matplotlib)", show_default=False)] = None,
+) -> None:
+    """Serve a trace in simulation, by several policies: attainment, TTFT and TPOT of each, and what no scheduler could exceed."""
+    from polymux.deploy import cli_simulate
+
+    options = cli_simulate.SimulateOptions(
+        traces=tuple(trace),
+        cluster=cluster,
+        policies=tuple(policy or cli_simulate.DEFAULT_POLICIES),
+        slo=slo,
+        speeds=tuple(speed or (1.0,)),
+        models=models,
+        zipf=zipf,
+        seed=seed,
+        limit=limit,
+        json_path=json_file,
+        plots_path=plots,
+    )
+    raise typer.Exit(cli_simulate.simulate(options, out))
+
+
+@app.command()
+def plan(
+    trace: TraceSource,
+    gpu: Annotated[str, typer.Option(help="kinds of device with prices: h100:2.5/h,h200:3.5/h")] = "h100:2.5/h",
+    cluster: Cluster = None,
+    slo: SimSlo = "ttft=10,tpot=0.1",
+    measure: Annotated[str, typer.Option(help="of attainment: req, tok or qos")] = "req",
+    share: Annotated[float, typer.Option(help="of it that is wanted")] = 0.9,
+    max_devices: Annotated[int, typer.Option(min=1, help="to try")] = 512,
+    models: NumModels = 16,
+    zipf: Zipf = 1.0,
+    seed: Annotated[int, typer.Option(help="of what a trace leaves open")] = 0,
+    limit: Limit = None,
+    json_file: JsonFile = None,
+) -> None:
+    """How many GPUs a catalogue needs, and at what cost: one a model, switching between requests, or polymux.
+
+    The trace `production` has the statistics that Aegaeon (SOSP '25) reports of its pool: 100 models, 0.037 requests/s each, 16.8 s long.
+    """
+    from polymux.deploy import cli_simulate
+
+    options = cli_simulate.PlanOptions(
+        trace=trace,
+        gpu=gpu,
+        cluster=cluster,
+        slo=slo,
+        measure=measure,
+        share=share,
+        max_devices=max_devices,
+        models=models,
+        zipf=zipf,
+        seed=seed,
+        limit=limit,
+        json_path=json_file,
+    )
+    raise typer.Exit(cli_simulate.plan_cluster(options, out))
+
+
 if __name__ == "__main__":
     sys.exit(main())
