@@ -124,9 +124,9 @@ class Controller:
         hour's; OutOfMemory is the operator's: no arena is large enough.
 
         The same ask again gives the same placement. With `excluded`, or where a worker was lost since, the sequences that were there are
-        placed anew and the others stay: that is a replay, and it is never refused for load. Excluded workers are used again only
-        where no other is alive. Sequences in `moving` get another decode worker, and no prefill: their KV is handed over. An id that
-        another client holds, or that had another shape, is InvalidRequest.
+        placed anew and the others stay, as do all in `staying`: that is a replay, and it is never refused for load. Excluded workers are
+        used again only where no other is alive. Sequences in `moving` get another decode worker, and no prefill: their KV is handed over.
+        An id that another client holds, or that had another shape, is InvalidRequest.
         """
         now_s = self._clock()
         try:
@@ -191,7 +191,8 @@ class Controller:
         if (old.client_id, old.model, old.num_sequences) != (ask.client_id, ask.model, ask.num_sequences):
             raise InvalidRequest(f"request id {ask.request_id!r} is in use for another request; choose a new one", param="request_id")
         moving = [i for i in sorted(set(ask.moving)) if 0 <= i < len(request.sequences)]
-        lost = [i for i, sequence in enumerate(request.sequences) if i not in moving and sequence.must_move(ask.excluded)]
+        others = set(range(len(request.sequences))).difference(moving, ask.staying)
+        lost = [i for i in sorted(others) if request.sequences[i].must_move(ask.excluded)]
         if not moving and not lost:
             return
         able, record = self._dispatcher.able(self._registry.get(ask.model), now_s), self._records[ask.model]

@@ -361,7 +361,8 @@ class Admit:
     tpot_slo_s: float | None = None
     tenant: str = ""
     excluded: tuple[WorkerId, ...] = ()  # workers that a replay must avoid
-    moving: tuple[int, ...] = ()  # sequences that their decode workers give up and keep the KV of: place only those anew, without prefill
+    moving: tuple[int, ...] = ()  # sequences that their decode workers give up and keep the KV of: place those anew, without prefill
+    staying: tuple[int, ...] = ()  # sequences that go on where they are, although a worker of theirs may be gone: one whose part was done
     prefix_hashes: PackedIds = NO_IDS  # marks of the blocks that all its prompts begin with, at most MAX_PROMPT_MARKS
 
 

@@ -213,7 +213,8 @@ class Placer:
     async def _admit_again(self) -> Placement | None:
         """The same request with its lost workers excluded; None while it is refused."""
         excluded, moving = tuple(sorted(self._excluded)), tuple(sorted(self._kept))
-        ask = replace(self._ask, deadline_s=self._remaining_s(), excluded=excluded, moving=moving)
+        staying = tuple(sorted(set(range(len(self._choices))) - self._unplaced))  # a prefill worker may go when its part is done
+        ask = replace(self._ask, deadline_s=self._remaining_s(), excluded=excluded, moving=moving, staying=staying)
         try:
             return await self._admission.admit(ask, self._remaining_s())
         except Refused as error:

@@ -254,6 +254,19 @@ def test_a_replay_moves_the_sequences_of_the_lost_worker_and_leaves_the_others(b
     assert all(w.num_placed == 0 for w in bench.controller.topology().workers)
 
 
+def test_a_sequence_that_stays_is_booked_where_it_runs_though_its_prefill_worker_is_gone(bench: Bench) -> None:
+    bench.join("p2")
+    before = bench.admit(num_sequences=4)
+    gone = before.prefill[0].worker_id
+    bench.controller.lost(gone)
+    after = bench.admit(num_sequences=4, excluded=(gone,), moving=(1,), staying=(0, 2, 3))
+    assert [after.decode[i] for i in (0, 2, 3)] == [before.decode[i] for i in (0, 2, 3)]
+    assert bench.controller.stats().outcomes["moved"] == 1 and "replayed" not in bench.controller.stats().outcomes
+    bench.controller.check()
+    bench.release()
+    assert all(w.num_placed == 0 for w in bench.controller.topology().workers)
+
+
 def test_a_worker_that_came_back_is_another_one_for_the_requests_of_the_old(bench: Bench) -> None:
     before = bench.admit()
     epoch = bench.join(before.decode[0].worker_id)

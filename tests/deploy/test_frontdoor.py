@@ -13,7 +13,7 @@ import httpx
 import pytest
 from zero_stack import ZeroStack, serving
 
-from polymux.transport.errors import PeerLost, PolymuxError, WorkerLost
+from polymux.transport.errors import PeerLost, PolymuxError, TransferTimeout, WorkerLost
 from polymux.transport.units import unpack_ids
 
 MakeStack = Callable[..., ZeroStack]
@@ -59,6 +59,16 @@ async def test_a_killed_workers_requests_go_on_elsewhere_without_a_gap(make_stac
     assert set(stack.control.asks[-1].excluded) == {"prefill-0", "decode-0"}
     assert [release.outcome for release in stack.control.releases] == ["finished"]
     assert b'polymux:replays_total{model_name="bytes"} 3.0' in stack.frontdoor.metrics.render(None)
+
+
+async def test_only_sequences_that_need_it_are_placed_anew(make_stack: MakeStack, connect: Connect) -> None:
+    stack = make_stack(num_workers=2, step_s=0.003)
+    stack.workers[0].failures[1] = TransferTimeout("decode heard nothing")
+    async with connect(stack) as client:
+        response = await client.post("/v1/completions", json={**PROMPT, "n": 3})
+    assert [choice["text"] for choice in response.json()["choices"]] == [TEXT] * 3
+    replayed = {int(command.sequence_id.split("/")[1].split(".")[0]) for command in stack.workers[1].commands}
+    assert len(replayed) == 1 and set(stack.control.asks[-1].staying) == {0, 1, 2} - replayed
 
 
 async def test_a_worker_that_cannot_be_reached_is_replaced(make_stack: MakeStack, connect: Connect) -> None:
