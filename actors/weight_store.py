@@ -10,12 +10,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from polymux.actors.models.config import ArchConfig
 from polymux.actors.tokenizer import Tokenizer
+from polymux.actors.weights.builder import build_image
 from polymux.actors.weights.checkpoint import Checkpoint
-from polymux.actors.weights.image import ImageManifest, build_image
+from polymux.actors.weights.image import ImageManifest
 from polymux.transport.errors import ConfigError, ModelNotFound, OutOfMemory
 from polymux.transport.image_maps import seal
 from polymux.transport.messages import ITEM_BYTES, ModelSpec
@@ -69,10 +70,10 @@ class WeightStore:
         dtype = checkpoint.dtype if source.dtype == "auto" else source.dtype
         if dtype not in ITEM_BYTES:
             raise ConfigError(f"models.{source.model}.dtype={dtype!r} is not one of auto, {', '.join(ITEM_BYTES)}")
-        stored = _Stored(source, _describe(source, checkpoint, dtype, weight_bytes=0, digest=checkpoint.digest))
+        stored = _Stored(source, _describe(source, checkpoint, dtype))
         self._build(stored, checkpoint)
         assert stored.manifest is not None
-        stored.spec = _describe(source, checkpoint, dtype, weight_bytes=stored.manifest.nbytes, digest=stored.manifest.digest)
+        stored.spec = replace(stored.spec, weight_bytes=stored.manifest.nbytes, digest=stored.manifest.digest)
         self._keep(stored)
         return stored.spec
 
@@ -169,7 +170,8 @@ class WeightStore:
         return float(stored.build_s / idle_s / stored.manifest.nbytes)
 
 
-def _describe(source: ModelSource, checkpoint: Checkpoint, dtype: str, *, weight_bytes: int, digest: str) -> ModelSpec:
+def _describe(source: ModelSource, checkpoint: Checkpoint, dtype: str) -> ModelSpec:
+    """All but what only the image tells: its digest and size."""
     config: ArchConfig = checkpoint.config
     limit = config.max_position_embeddings
     max_model_len = source.max_model_len or limit
@@ -178,11 +180,11 @@ def _describe(source: ModelSource, checkpoint: Checkpoint, dtype: str, *, weight
     return ModelSpec(
         model=source.model,
         path=str(checkpoint.path),
-        digest=digest,
+        digest="",
         config_json=json.dumps(json.loads(checkpoint.config_json), sort_keys=True),
         dtype=dtype,
         kv=config.kv_layout(dtype),
-        weight_bytes=weight_bytes,
+        weight_bytes=0,
         vocab_size=config.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=tuple(checkpoint.eos_token_ids),

@@ -30,8 +30,9 @@ from machine import describe
 from polymux.actors.arena import Arena
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
 from polymux.actors.weights.bind import bind_weights
+from polymux.actors.weights.builder import build_image
 from polymux.actors.weights.checkpoint import Checkpoint
-from polymux.actors.weights.image import DTYPES, build_image
+from polymux.actors.weights.image import DTYPES
 from polymux.kernels import ops
 from polymux.kernels.sample import greedy
 from polymux.transport.region import Region

@@ -16,14 +16,16 @@ import mmap
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -37,6 +39,7 @@ from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.store_client import StoreClient
 from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
+from polymux.actors.weights.builder import ENVIRONMENT
 from polymux.transport.bulk_copy import TUNABLES, copy_bytes, piece_bytes
 from polymux.transport.messages import ModelSpec
 from polymux.transport.region import Region
@@ -51,6 +54,7 @@ QWEN25_05B = {
     "num_key_value_heads": 2,
 }
 A, B = ModelName("a"), ModelName("b")
+T = TypeVar("T")
 
 
 @dataclass
@@ -59,10 +63,11 @@ class Samples:
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def time(self, name: str, work: Callable[[], object]) -> None:
+    def time(self, name: str, work: Callable[[], T]) -> T:
         began = time.perf_counter()
-        work()
+        result = work()
         self.seconds.setdefault(name, []).append(time.perf_counter() - began)
+        return result
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
@@ -83,9 +88,10 @@ class Bench:
             for model, path in paths.items()
         }
 
-    def engine(self, num_resident: int) -> Engine:
+    def engine(self, num_resident: int, kv_bytes: int = 64 * MIB) -> Engine:
+        """Weights may borrow `kv_bytes` while no sequence holds them."""
         reserve = num_resident * max(spec.weight_bytes for spec in self.specs.values()) + 4 * KIB
-        engine = Engine(Region.create(reserve + 64 * MIB), EngineSettings(weight_reserve_bytes=reserve), self.client())
+        engine = Engine(Region.create(reserve + kv_bytes), EngineSettings(weight_reserve_bytes=reserve), self.client())
         for spec in self.specs.values():
             engine.add_model(spec)
         return engine
@@ -175,31 +181,34 @@ def measure_resident_switches(bench: Bench, count: int, samples: Samples) -> Non
 
 
 def measure_cold(path: Path, dtype: str, rounds: int, samples: Samples) -> None:
-    """From files that are in no cache to the first token, by each in turn; imports are not counted, nor the first round."""
+    """From files that are in no cache to the first token's logits, by each in turn; imports are not counted, nor the first round, nor
+    what it takes to let go of everything.
+    """
     for number in range(rounds + 1):
         into = samples if number else Samples()
         for name, work in (("polymux", cold_polymux), ("transformers", cold_transformers), ("safetensors, read only", cold_safetensors)):
             forget(path)
-            into.time(f"cold {name}", lambda work=work: work(path, dtype))
+            with ExitStack() as after:
+                into.time(f"cold {name}", partial(work, path, dtype, after, into))
             gc.collect()
 
 
-def cold_polymux(path: Path, dtype: str) -> None:
-    bench = Bench({A: path}, dtype)
+def cold_polymux(path: Path, dtype: str, after: ExitStack, into: Samples) -> None:
+    bench = into.time("cold polymux, image", lambda: Bench({A: path}, dtype))
+    after.callback(bench.close)
     engine = bench.engine(1)
-    engine.activate(A)
-    step(engine, A)
-    engine.close()
-    bench.close()
+    after.callback(engine.close)
+    into.time("cold polymux, load", lambda: load_all(engine, A))
+    into.time("cold polymux, step", lambda: step(engine, A))
 
 
-def cold_transformers(path: Path, dtype: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+def cold_transformers(path: Path, dtype: str, after: ExitStack, _into: Samples) -> None:
+    model = after.enter_context(nullcontext(AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()))
     with torch.inference_mode():
         model(torch.tensor([[1]])).logits.argmax()
 
 
-def cold_safetensors(path: Path, _dtype: str) -> None:
+def cold_safetensors(path: Path, _dtype: str, _after: ExitStack, _into: Samples) -> None:
     """Map the file and touch each page: the least that any loader must do."""
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as tensors:
@@ -218,15 +227,23 @@ def forget(path: Path) -> None:
 
 # ---------------------------------------------------------------- growth
 
+CHECKPOINTS = 10
+UNCACHED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"}
+
 
 class _MallInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]  # noqa: SIM905
+
+
+_libc = ctypes.CDLL(None)
+_libc.mallinfo2.restype = _MallInfo
 
 
 @dataclass(frozen=True)
 class Footprint:
     """What must not grow."""
 
+    num_switches: int
     allocated_bytes: int  # handed out by the C allocator and not given back
     private_bytes: int  # of the process's resident memory, what is its own: allocator pages that were touched, in use or not
     num_fds: int
@@ -234,14 +251,13 @@ class Footprint:
     weight_bytes: int
 
     @classmethod
-    def of(cls, arena: Arena) -> Footprint:
-        libc = ctypes.CDLL(None)
-        libc.mallinfo2.restype = _MallInfo
+    def of(cls, arena: Arena, num_switches: int) -> Footprint:
         gc.collect()
-        libc.malloc_trim(0)
-        heap = libc.mallinfo2()
+        _libc.malloc_trim(0)
+        heap = _libc.mallinfo2()
         rss = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
         return cls(
+            num_switches=num_switches,
             allocated_bytes=heap.uordblks + heap.hblkhd,
             private_bytes=int(rss.split()[1]) * KIB,
             num_fds=sum(1 for _ in Path("/proc/self/fd").iterdir()),
@@ -250,29 +266,56 @@ class Footprint:
         )
 
 
-def measure_growth(count: int, samples: Samples) -> tuple[Footprint, Footprint]:
+@dataclass(frozen=True)
+class Growth:
+    """Footprints at the start and at each tenth of the switches."""
+
+    footprints: list[Footprint]
+    switch_and_step_s: float
+
+    def total(self, name: str) -> int:
+        return int(getattr(self.footprints[-1], name) - getattr(self.footprints[0], name))
+
+    def slope(self, name: str) -> float:
+        """Bytes a switch: of the line that fits all footprints best."""
+        return statistics.linear_regression([f.num_switches for f in self.footprints], [getattr(f, name) for f in self.footprints]).slope
+
+
+def measure_growth(count: int) -> Growth:
+    """In a process of its own whose C allocator caches nothing for its threads: such caches fill for thousands of switches, are bounded,
+    and count as allocated."""
+    command = [sys.executable, __file__, "--growth-only", "--switches", str(count)]
+    found = json.loads(subprocess.run(command, env={**os.environ, **UNCACHED}, stdout=subprocess.PIPE, check=True).stdout)
+    return Growth([Footprint(**values) for values in found["footprints"]], found["switch_and_step_s"])
+
+
+def count_growth(count: int) -> Growth:
     """So many switches that each copy, with a decode step after each, on the demo models; after a fifth as many that warm up."""
     bench = Bench({A: MODELS / "llama-small", B: MODELS / "qwen3-small"}, "float32")
-    engine = bench.engine(1)
+    engine = bench.engine(1, kv_bytes=2 * MIB)
+    tenth = 2 * max(count // (2 * CHECKPOINTS), 1)
 
-    def work(first: int, last: int) -> None:
-        for number in range(first, last):
+    def work(num_switches: int) -> None:
+        for number in range(num_switches):
             model = (A, B)[number % 2]
             engine.activate(model)
             step(engine, model)
 
-    work(0, 2 * (count // 10))
-    before = Footprint.of(engine.arena)
-    began = time.perf_counter()
-    work(0, 2 * (count // 2))
-    samples.seconds["small switch and step"] = [(time.perf_counter() - began) / count]
+    work(2 * tenth)
+    footprints = [Footprint.of(engine.arena, 0)]
+    busy_s = 0.0
+    for number in range(1, CHECKPOINTS + 1):
+        began = time.perf_counter()
+        work(tenth)
+        busy_s += time.perf_counter() - began
+        footprints.append(Footprint.of(engine.arena, number * tenth))
     engine.residency.check()
     engine.blocks.check()
     assert engine.blocks.num_out == 0
-    after = Footprint.of(engine.arena)
+    assert len(engine.residency.residents) == 1, "both models fit, so nothing was copied"
     engine.close()
     bench.close()
-    return before, after
+    return Growth(footprints, busy_s / (CHECKPOINTS * tenth))
 
 
 # ---------------------------------------------------------------- report
@@ -295,19 +338,18 @@ def checkpoints(layers: int, dtype: str) -> Iterator[dict[ModelName, Path]]:
         yield paths
 
 
-def report(args: argparse.Namespace, samples: Samples, nbytes: int, growth: tuple[Footprint, Footprint]) -> tuple[str, dict[str, Any]]:
-    grown = {name: getattr(growth[1], name) - getattr(growth[0], name) for name in Footprint.__dataclass_fields__}
+def report(args: argparse.Namespace, samples: Samples, nbytes: int, growth: Growth) -> tuple[str, dict[str, Any]]:
     speed = {name: nbytes / samples.median(name) / 1e9 for name in ("memcpy", "loader alone", "switch, whole")}
     figures = {
         "copy_ratio": round(speed["loader alone"] / speed["memcpy"], 3),
         "first_step_ms": round(1e3 * samples.median("switch and first step"), 2),
         "resident_switch_us": round(1e6 * samples.median("resident switch"), 2),
-        "growth_bytes": grown["allocated_bytes"],
-        "growth_rss_bytes": grown["private_bytes"],
+        "growth_bytes": growth.total("allocated_bytes"),
+        "growth_bytes_per_switch": round(growth.slope("allocated_bytes"), 4),
+        "growth_rss_bytes": growth.total("private_bytes"),
         "cold_vs_transformers": round(samples.median("cold transformers") / samples.median("cold polymux"), 3),
         "wake_vs_transformers": round(samples.median("cold transformers") / samples.median("switch and first step"), 1),
     }
-    per_switch_ms = 1e3 * samples.median("small switch and step")
     text = "\n".join(
         [
             "# Switching models",
@@ -331,18 +373,30 @@ def report(args: argparse.Namespace, samples: Samples, nbytes: int, growth: tupl
             "|---|---|",
             f"| a decode step of a resident model | {samples.spread('resident step')} |",
             f"| a switch from the node's store and its first decode step | {samples.spread('switch and first step')} |",
-            f"| cold: files to the first token, polymux (image built, checked, loaded) | {samples.spread('cold polymux')} |",
-            f"| cold: files to the first token, transformers' from_pretrained | {samples.spread('cold transformers')} |",
+            f"| cold: files to the first token, polymux | {samples.spread('cold polymux')} |",
+            f"| - of it, the image in the node's store: read, hashed, packed, written | {samples.spread('cold polymux, image')} |",
+            f"| - of it, the image in the arena: copied, checksums compared | {samples.spread('cold polymux, load')} |",
+            f"| - of it, the decode step | {samples.spread('cold polymux, step')} |",
+            f"| cold: files to the first token, transformers' from_pretrained and a forward | {samples.spread('cold transformers')} |",
             f"| cold: the files mapped by safetensors, each page touched | {samples.spread('cold safetensors, read only')} |",
             "",
-            f"A switch between resident models takes {1e6 * samples.median('resident switch'):.1f} µs. After {args.switches} switches "
-            f"between models of 1 MiB, each with a copy and a decode step ({per_switch_ms:.2f} ms together), the process had allocated "
-            f"{grown['allocated_bytes']} bytes more and touched {grown['private_bytes']} bytes more of its own; it had {grown['num_fds']} "
-            f"descriptors more, and its arena {grown['weight_spans']} ranges more.",
+            f"A switch between resident models takes {1e6 * samples.median('resident switch'):.1f} µs.",
             "",
-            "`copy_ratio` is of the loader alone, one thread against one. `cold_vs_transformers` is above 1 where polymux is faster: it "
-            "packs the weights for this CPU once and copies them, while transformers computes on the mapped file. `wake_vs_transformers` "
-            "compares what a switch costs from then on, the image being in the node's store.",
+            f"Over {growth.footprints[-1].num_switches} switches between models of 1 MiB, each with a copy and a decode step "
+            f"({1e3 * growth.switch_and_step_s:.2f} ms together), the bytes that the process had allocated grew by "
+            f"{growth.total('allocated_bytes')} ({growth.slope('allocated_bytes'):.4f} a switch, the slope of the line through "
+            f"{len(growth.footprints)} readings), the resident memory of its own by {growth.total('private_bytes')}, its descriptors by "
+            f"{growth.total('num_fds')}, its arena's ranges by {growth.total('weight_spans')}. The readings of allocated bytes, less the "
+            f"first: {', '.join(str(f.allocated_bytes - growth.footprints[0].allocated_bytes) for f in growth.footprints[1:])}. glibc's "
+            "caches for each thread are off in this process: with them, which is the default, the same readings creep up by some "
+            "kilobytes in ten thousand switches, because freed chunks that stay in such a cache count as allocated.",
+            "",
+            "`copy_ratio` is of the loader alone, one thread against one. `cold_vs_transformers` is above 1 where polymux is faster. Both "
+            "begin with files that are in no cache and end with the first token's logits; neither counts imports. transformers maps the "
+            "file and computes on the mapping: no byte is written, and none checked. polymux parses the tokenizer, reads and hashes "
+            "every byte, packs it for this CPU, writes the image to shared memory, copies it into the worker's arena (pages never touched "
+            "before, here) and compares its checksums; from then on the model comes and goes as `wake_vs_transformers` says, "
+            "which compares a switch from the node's store, its first decode step included.",
             "",
             "Made by `python bench/switch.py --out docs/results/switch.md`.",
             "",
@@ -359,6 +413,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cold-rounds", type=int, default=3)
     parser.add_argument("--switches", type=int, default=10_000)
+    parser.add_argument("--growth-only", action="store_true", help="print the footprints of --switches switches as JSON, and end")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     for name in ("layers", "threads", "rounds", "cold_rounds", "switches"):
@@ -369,8 +424,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if any(os.environ.get(name) is None for name in TUNABLES):  # as in a worker; read once, at a process's start
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNABLES})
+    if args.growth_only:
+        torch.set_num_threads(1)
+        print(json.dumps(asdict(count_growth(args.switches))))
+        return
+    wanted = {**TUNABLES, **ENVIRONMENT}  # of workers and stores; read once, at a process's start
+    if not wanted.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
@@ -382,7 +442,7 @@ def main() -> None:
         measure_resident_switches(bench, 2000, samples)
         bench.close()
         measure_cold(paths[A], args.dtype, args.cold_rounds, samples)
-    text, figures = report(args, samples, nbytes, measure_growth(args.switches, samples))
+    text, figures = report(args, samples, nbytes, measure_growth(args.switches))
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

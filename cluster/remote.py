@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from polymux.actors.remote import ACTOR_THREADS, StoreActor, WorkerActor
 from polymux.actors.weight_store import ModelSource
+from polymux.actors.weights import builder
 from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, ModelConfig
 from polymux.cluster.processes import WorkerHandle
@@ -99,7 +100,8 @@ class RayLauncher:
                 sizes = store_bytes(budget_bytes, kv_bytes)
                 on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
                 options = {"num_cpus": 0, "max_concurrency": ACTOR_THREADS, "scheduling_strategy": on_node}
-                store = ray.remote(StoreActor).options(**options).remote(*sizes, layout, token)
+                environment = {"env_vars": dict(builder.ENVIRONMENT)}
+                store = ray.remote(StoreActor).options(runtime_env=environment, **options).remote(*sizes, layout, token)
                 for source in self._sources.values():
                     await call(store.register.remote(source))
                 self._stores[node_id] = store

@@ -44,6 +44,17 @@ def pack(weight: Tensor, *, for_few_rows: bool = False) -> Packed:
     return Packed(memory, bytes(_mkldnn._get_mkldnn_serialized_md(packed).tolist()), packed)
 
 
+def use_one_thread() -> None:
+    """From now on what the calling thread asks of torch runs in that thread alone, whatever `torch.set_num_threads` says of others.
+
+    For threads that pack beside each other: were each to lead a team, the teams would share the cores and spin while they wait for them.
+    """
+    torch.get_num_threads()  # torch sets its own number at a thread's first question
+    set_num_threads = getattr(_library(), "omp_set_num_threads", None)
+    if set_num_threads is not None:
+        set_num_threads(1)
+
+
 def pays_off(weight: Tensor) -> bool:
     """Whether packing this weight [out, in] gains anything. In fp32 MKL is ahead while a weight stays in cache, and oneDNN keeps some
     half a megabyte of generated code for each shape and count of rows, which a catalogue of small models would add up."""
@@ -139,7 +150,7 @@ def is_available(dtype: torch.dtype) -> bool:
 @cache
 def _entry_points() -> tuple[Callable[..., int], Callable[[ctypes.c_void_p], Tensor], int, dict[torch.dtype, int]]:
     """torch's C entry points for a tensor over foreign memory, the number of the oneDNN layout, and the numbers of the dtypes."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    library = _library()
     create = library.aoti_torch_create_tensor_from_blob_v2
     create.restype = ctypes.c_int32
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -156,3 +167,8 @@ def _entry_points() -> tuple[Callable[..., int], Callable[[ctypes.c_void_p], Ten
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     dtypes = {dtype: getattr(library, f"aoti_torch_dtype_{name}")() for dtype, name in names.items()}
     return create, steal, library.aoti_torch_layout__mkldnn(), dtypes
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -1,6 +1,6 @@
 """One weight image on its way into the arena: piece by piece in layer order, so that the first layers compute while the last still come.
 
-The work is cut into steps: open, the copies, and, for an image not yet checked here, a verification at the end. Whoever has time takes
+The work is cut into steps: open, the copies, and, for an image not yet checked here, the checksums at the end. Whoever has time takes
 the next one: the loader's thread, and the engine's while it waits for bytes. A step that is claimed is finished by its claimer.
 
 A piece counts as landed when it and all before it were copied; that is noted, and waited for, under one lock, which orders the copier's
@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from polymux.actors.weights.image import ImageManifest, verify_image
+from polymux.actors.weights.image import Check, ImageManifest, checks_of
 from polymux.transport.bulk_copy import copy_bytes, piece_bytes
 from polymux.transport.errors import CheckpointError, ModelLoading, PolymuxError
 from polymux.transport.image_maps import ImageId, ImageMaps
@@ -69,9 +69,11 @@ class Load:
         self._bytes: memoryview | None = None  # the image, mapped; None: read it through its descriptor
         self._manifest: ImageManifest | None = None
         self._pieces: list[tuple[int, int]] = []
+        self._checks: list[Check] = []  # none, if the image was verified before
         self._is_opened = self._is_verified = False
-        self._is_opening = self._is_verifying = self._is_cancelled = False
-        self._num_claimed = 0
+        self._is_opening = self._is_cancelled = False
+        self._num_claimed = self._num_claimed_checks = 0
+        self._num_checked = 0
         self._copied: set[int] = set()  # pieces past the landed ones
         self._num_landed = 0
         self._num_running = self._num_copying = 0
@@ -145,8 +147,9 @@ class Load:
             step = partial(self._copy, self._num_claimed)
             self._num_claimed += 1
             self._num_copying += 1
-        elif self._num_landed == len(self._pieces) and not self._is_verifying:
-            self._is_verifying, step = True, self._verify
+        elif self._num_landed == len(self._pieces) and self._num_claimed_checks < len(self._checks):
+            step = partial(self._verify, self._checks[self._num_claimed_checks])
+            self._num_claimed_checks += 1
         self._num_running += step is not None
         return step
 
@@ -178,12 +181,14 @@ class Load:
             except BaseException:
                 image.close()
                 raise
+            is_known = found is not None and self._maps.is_verified(found[0], image.manifest)
+            checks = [] if is_known else list(checks_of(manifest))
             pieces = cut(manifest, piece_bytes(manifest.nbytes))
             with self._changed:
                 self._image, self._manifest, self._pieces, self._is_opened = image, manifest, pieces, True
+                self._checks, self._is_verified = checks, not checks
                 if found is not None:
                     self._image_id, self._bytes = found
-                    self._is_verified = self._maps.is_verified(found[0], image.manifest)
         finally:
             with self._changed:
                 self._is_opening = False
@@ -221,12 +226,15 @@ class Load:
             if self.first_layer_s is None and self._landed_bytes() >= self._bytes_of(2):
                 self.first_layer_s = now_s - self.began_s
 
-    def _verify(self) -> None:
-        if not self._is_verified:
-            verify_image(self.manifest, self._weights)
-            if self._image_id is not None:
-                assert self._image is not None
-                self._maps.mark_verified(self._image_id, self._image.manifest)
+    def _verify(self, check: Check) -> None:
+        check(self._weights)
+        with self._changed:
+            self._num_checked += 1
+            if self._num_checked < len(self._checks):
+                return
+        if self._image_id is not None:
+            assert self._image is not None
+            self._maps.mark_verified(self._image_id, self._image.manifest)
         with self._changed:
             self._is_verified = True
 

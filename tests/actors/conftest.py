@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.weights.builder import build_image
 from polymux.actors.weights.checkpoint import Checkpoint
-from polymux.actors.weights.image import DTYPES, ImageManifest, build_image
+from polymux.actors.weights.image import DTYPES, ImageManifest
 from polymux.transport.units import BLOCK_SIZE
 
 SHAPE: dict[str, Any] = {

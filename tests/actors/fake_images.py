@@ -6,12 +6,11 @@ import os
 import random
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from polymux.actors.arena import Arena
-from polymux.actors.weights.image import ImageManifest, TensorEntry
+from polymux.actors.weights.image import ImageManifest, TensorEntry, checksum
 from polymux.actors.weights.residency import Residency
 from polymux.transport.bulk_copy import copy_bytes
 from polymux.transport.errors import PeerLost
@@ -93,7 +92,7 @@ def manifest_of(digest: str, data: bytes) -> ImageManifest:
             layout="plain",
             offset=start,
             nbytes=GROUP_BYTES,
-            crc32=zlib.crc32(data[start : start + GROUP_BYTES]),
+            checksums=checksum(memoryview(data)[start : start + GROUP_BYTES]),
         )
         for i, start in enumerate(starts)
     )

@@ -178,10 +178,19 @@ def test_nothing_stays_open_and_little_stays_in_memory(tmp_path: Path) -> None:
 # -- the digest -------------------------------------------------------------------------------------------------------
 
 
-def test_a_digest_is_of_content_and_not_of_place(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    assert Checkpoint.open(_single(tmp_path / "a")).digest == Checkpoint.open(_single(tmp_path / "b")).digest
+def test_a_digest_is_of_content_and_not_of_place_or_files(tmp_path: Path) -> None:
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    found = {Checkpoint.open(path).digest for path in (_single(tmp_path / "a"), _single(tmp_path / "b"), _sharded(tmp_path / "c"))}
+    assert len(found) == 1
+
+
+def test_swapping_two_tensors_of_a_shape_changes_the_digest(tmp_path: Path) -> None:
+    before = Checkpoint.open(_single(tmp_path)).digest
+    weights = _weights(CONFIG)
+    one, other = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    weights[one], weights[other] = weights[other], weights[one]
+    assert Checkpoint.open(_single(tmp_path, weights)).digest != before
 
 
 @pytest.mark.parametrize("place", [0.3, 0.999999])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from polymux.actors.weights.bind import bind_weights
+from polymux.actors.weights.builder import build_image
 from polymux.actors.weights.checkpoint import Checkpoint
-from polymux.actors.weights.image import ALIGNMENT, ImageManifest, TensorEntry, build_image, verify_image
+from polymux.actors.weights.image import ALIGNMENT, CHECK_BYTES, CHECKSUM_BYTES, ImageManifest, TensorEntry, checks_of
 from polymux.kernels import onednn
 from polymux.transport.errors import CheckpointError, ConfigError, WireError
 
@@ -32,6 +35,11 @@ def manifest_of(path: Path, dtype: str = "float32", layout: str = "auto") -> Ima
         return manifest
     finally:
         os.close(fd)
+
+
+def verify(manifest: ImageManifest, weights: torch.Tensor) -> None:
+    for check in checks_of(manifest):
+        check(weights)
 
 
 @pytest.mark.parametrize("layout", ["plain", "auto"])
@@ -93,13 +101,50 @@ def test_bound_weights_lie_in_the_image(pack_all: None, checkpoint_of: Checkpoin
 def test_a_flipped_byte_is_found_and_its_tensor_named(checkpoint_of: CheckpointOf, runner_for: RunnerFor) -> None:
     runner = runner_for(Checkpoint.open(checkpoint_of("qwen3")), "float32")
     weights = runner.weights.clone()
-    verify_image(runner.manifest, weights)
+    verify(runner.manifest, weights)
     entry = next(entry for entry in runner.manifest.entries if entry.name == "layers.1.up")
     weights[entry.offset + entry.nbytes // 2] ^= 1
     with pytest.raises(CheckpointError, match=r"layers\.1\.up"):
-        verify_image(runner.manifest, weights)
-    with pytest.raises(CheckpointError, match="bytes"):
-        verify_image(runner.manifest, weights[:-1])
+        verify(runner.manifest, weights)
+
+
+def test_checks_cover_every_byte_of_every_entry_once(checkpoint_of: CheckpointOf) -> None:
+    manifest = manifest_of(checkpoint_of("llama"))
+    large = replace(manifest.entries[-1], nbytes=2 * CHECK_BYTES + 5, checksums=bytes(range(3 * CHECKSUM_BYTES)))
+    checks = list(checks_of(replace(manifest, entries=(*manifest.entries[:-1], large))))
+    assert sum(check.end - check.begin for check in checks) == sum(e.nbytes for e in manifest.entries[:-1]) + large.nbytes
+    assert [(c.begin, c.end) for c in checks] == sorted((c.begin, c.end) for c in checks)
+    assert [c.checksum for c in checks if c.entry is large] == [bytes(range(at, at + CHECKSUM_BYTES)) for at in (0, 16, 32)]
+
+
+def test_an_image_has_the_digest_of_its_checkpoint_whatever_its_layout(checkpoint_of: CheckpointOf) -> None:
+    path = checkpoint_of("qwen3-tied")
+    digest = Checkpoint.open(path).digest
+    assert {manifest_of(path, dtype, layout).digest for dtype in ("float32", "bfloat16") for layout in ("plain", "auto")} == {digest}
+
+
+def test_joined_tensors_of_several_dtypes_are_converted_each(checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
+    path = checkpoint_of("llama")
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(path / "model.safetensors")
+    odd = {name: tensor.bfloat16() if "k_proj" in name or "q_proj" in name else tensor.float() for name, tensor in tensors.items()}
+    save_file(odd, tmp_path / "model.safetensors")
+    fd = os.memfd_create("image")
+    manifest = build_image(Checkpoint.open(tmp_path), fd, dtype="float32", layout="plain")
+    entry = next(entry for entry in manifest.entries if entry.name == "layers.0.qkv")
+    data = torch.frombuffer(bytearray(os.pread(fd, entry.nbytes, entry.offset)), dtype=torch.float32).view(entry.shape)
+    os.close(fd)
+    assert torch.equal(data, torch.cat([odd[f"model.layers.0.self_attn.{name}_proj.weight"].float() for name in "qkv"]))
+
+
+def test_a_file_that_shrinks_while_an_image_is_built_is_a_typed_error(checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_of("llama"), tmp_path, dirs_exist_ok=True)
+    checkpoint = Checkpoint.open(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", checkpoint.files[0].nbytes - 100)
+    fd = os.memfd_create("image")
+    with pytest.raises(CheckpointError, match="has changed since it was checked"):
+        build_image(checkpoint, fd, dtype="float32", layout="auto")
+    os.close(fd)
 
 
 def changed(manifest: ImageManifest, **fields: Any) -> bytes:
@@ -117,7 +162,7 @@ def with_entry(manifest: ImageManifest, **fields: Any) -> bytes:
         (lambda m: m.to_bytes()[:-3], "msgpack"),
         (lambda m: b"\xc1", "msgpack"),
         (lambda m: msgpack.packb({"digest": 1}), "version"),
-        (lambda m: msgpack.packb([2, *msgpack.unpackb(m.to_bytes())[1:]]), "version"),
+        (lambda m: msgpack.packb([1, *msgpack.unpackb(m.to_bytes())[1:]]), "version"),
         (lambda m: changed(m, dtype="int8"), "dtype"),
         (lambda m: changed(m, dtype=["float32"]), "dtype"),
         (lambda m: changed(m, layout="zip"), "layout"),
@@ -130,7 +175,8 @@ def with_entry(manifest: ImageManifest, **fields: Any) -> bytes:
         (lambda m: with_entry(m, shape=(515, 65)), "nbytes"),
         (lambda m: with_entry(m, shape=()), "shape"),
         (lambda m: with_entry(m, shape=(True, 64)), "shape"),
-        (lambda m: with_entry(m, crc32="0"), "crc32"),
+        (lambda m: with_entry(m, checksums="0"), "checksums"),
+        (lambda m: with_entry(m, checksums=bytes(15)), "checksums"),
         (lambda m: with_entry(m, metadata=b"?"), "metadata"),
         (lambda m: with_entry(m, name=None), "name"),
     ],
