@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,13 @@ from polymux.kernels.paged import plan_writes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def test_a_thread_that_works_alone_leaves_the_others_their_threads() -> None:
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=onednn.use_one_thread) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == before
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
