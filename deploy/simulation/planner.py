@@ -83,7 +83,7 @@ def parse_prices(text: str) -> dict[str, float]:
     return prices
 
 
-def production_trace(costs: CostModel, kinds: Sequence[str], *, seconds: float = 600.0, seed: int = 0) -> tuple[SimRequest, ...]:
+def production_trace(costs: CostModel, kinds: Sequence[str], *, seconds: float = 300.0, seed: int = 0) -> tuple[SimRequest, ...]:
     """Poisson arrivals by the published statistics; services are exponential, their lengths what a device alone makes in that time."""
     num_models, rate, service_s = PRODUCTION
     rng = random.Random(f"production {seed}")

@@ -7,7 +7,9 @@ step is oldest, and since a worker that loads has taken no step lately, several 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from polymux.disagg.sim.costs import MS, CostModel
 from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
@@ -22,8 +24,10 @@ class _Worker:
     number: int
     queue: list[Progress] = field(default_factory=list)  # in service and waiting, in line
     loaded: str | None = None
-    running: list[Progress] = field(default_factory=list)  # in the step under way
+    running: list[Progress] = field(default_factory=list)  # in the steps under way
     is_busy: bool = False
+    began_us: int = 0  # of the first step that is not done
+    ends_us: list[int] = field(default_factory=list)  # of the load or the steps under way; the run's decode steps until a request ends
     last_step_us: int = -1
 
     def tail(self) -> tuple[str | None, int]:
@@ -58,17 +62,29 @@ class RequestLevel(Simulation[_Worker]):
     def _arrive(self, one: Progress) -> None:
         now_us = one.request.arrival_us
         for worker in self._workers:
-            self._purge(worker, now_us)
+            self._catch_up(worker, now_us)
+            if self._purge(worker, now_us):
+                self._interrupt(worker)
         worker = self._place(one)
         self._note_placement(one, worker.number)
         worker.queue.append(one)
+        self._interrupt(worker)
         self._start(worker, now_us)
 
+    def _interrupt(self, worker: _Worker) -> None:
+        """News for its line: only the step under way is sure to be taken."""
+        if len(worker.ends_us) > 1:
+            worker.ends_us = worker.ends_us[:1]
+            self._at(worker.ends_us[0], worker)
+
     @staticmethod
-    def _purge(worker: _Worker, now_us: int) -> None:
+    def _purge(worker: _Worker, now_us: int) -> bool:
+        """Whether any were given up. Those behind them may then be next in line."""
+        num_before = len(worker.queue)
         for one in worker.queue:
             one.has_failed = one.has_failed or (not one.num_tokens and now_us - one.request.arrival_us > PATIENCE_US)
         worker.queue = [one for one in worker.queue if not one.has_failed]
+        return len(worker.queue) < num_before
 
     def _place(self, one: Progress) -> _Worker:
         tails = [(worker, *worker.tail()) for worker in self._workers]
@@ -88,30 +104,53 @@ class RequestLevel(Simulation[_Worker]):
             return
         run = worker.head_run()
         model, kind = run[0].request.model, run[0].request.kind
+        worker.began_us = now_us
         if worker.loaded != model:
             worker.loaded = model
-            what = SWITCH
-            took_us = self._costs.load_us(kind)
+            worker.ends_us = [now_us + self._costs.load_us(kind)]
         elif new := [one for one in run if not one.num_tokens]:
             worker.running = new
-            what = PREFILL
-            took_us = self._costs.prefill_us(kind, [one.request.input_len for one in new])
+            worker.ends_us = [now_us + self._costs.prefill_us(kind, [one.request.input_len for one in new])]
         else:
             worker.running = run
-            what = DECODE
-            kv_tokens = sum(one.request.input_len + one.num_tokens for one in run)
-            took_us = self._costs.decode_us(kind, len(run), kv_tokens)
+            worker.ends_us = self._steps(run, kind, now_us)
         worker.is_busy = True
-        self._note(worker.number, what, model, now_us, now_us + took_us)
-        self._at(now_us + took_us, worker)
+        self._at(worker.ends_us[-1], worker)
 
-    def _ended(self, worker: _Worker, now_us: int) -> None:
-        worker.is_busy = False
+    def _steps(self, run: list[Progress], kind: str, now_us: int) -> list[int]:
+        kv_tokens = sum(one.request.input_len + one.num_tokens for one in run)
+        ends_us = []
+        for _ in range(min(one.num_left for one in run)):
+            now_us += self._costs.decode_us(kind, len(run), kv_tokens)
+            ends_us.append(now_us)
+            kv_tokens += len(run)
+        return ends_us
+
+    def _catch_up(self, worker: _Worker, now_us: int) -> None:
+        """Steps that ended before now are over."""
+        if worker.ends_us and worker.ends_us[0] < now_us:
+            self._done(worker, bisect_left(worker.ends_us, now_us))
+
+    def _done(self, worker: _Worker, count: int) -> None:
+        ends_us, worker.ends_us = worker.ends_us[:count], worker.ends_us[count:]
+        what = SWITCH
         if worker.running:
-            worker.last_step_us = now_us
+            what = DECODE if worker.running[0].num_tokens else PREFILL
+            worker.last_step_us = ends_us[-1]
+            max_gap_us = max((after - before for before, after in pairwise(ends_us)), default=0)
             for one in worker.running:
                 if not one.has_failed:
-                    one.token(now_us)
+                    one.tokens(ends_us, max_gap_us)
+        assert worker.loaded is not None
+        self._note(worker.number, what, worker.loaded, worker.began_us, ends_us[-1])
+        worker.began_us = ends_us[-1]
+
+    def _ended(self, worker: _Worker, now_us: int) -> None:
+        if not worker.ends_us or worker.ends_us[-1] != now_us:
+            return  # an event from before the news
+        self._done(worker, len(worker.ends_us))
+        worker.is_busy = False
+        if worker.running:
             worker.queue = [one for one in worker.queue if not one.is_done]
             worker.running = []
         self._start(worker, now_us)
