@@ -88,6 +88,7 @@ class Engine:
                 f"models.{spec.model}: max_model_len={spec.max_model_len} needs {spec.kv.num_blocks(spec.max_model_len)} KV blocks and "
                 f"the arena holds {pool.max_blocks}; lower max_model_len or raise the pool's `arena`"
             )
+        self._runner.prepare(spec.dtype)
         self.specs[spec.model] = spec
 
     def spec(self, model: ModelName) -> ModelSpec:

@@ -15,6 +15,7 @@ from polymux.actors.models.config import ArchConfig
 from polymux.actors.models.decoder import INVARIANT_ROWS, Decoder, ModelWeights, Step
 from polymux.actors.weights.bind import bind_weights
 from polymux.actors.weights.image import DTYPES, ImageManifest
+from polymux.kernels import ops
 from polymux.kernels.attend_plan import Planner
 from polymux.kernels.ops import PagedCache
 from polymux.kernels.paged import plan_writes
@@ -50,6 +51,11 @@ class ModelRunner:
         self.device = torch.device(device)
         self._skeletons: dict[tuple[ArchConfig, torch.dtype], Decoder] = {}
 
+    def prepare(self, dtype: str) -> None:
+        """Compile what steps in `dtype` run by, so that no request waits for it: seconds for the first process of a machine."""
+        if not self.batch_invariant and self.device.type == "cpu":
+            ops.prepare_few_rows(DTYPES[dtype])
+
     def bind(self, manifest: ImageManifest, weights: Tensor, kv: Tensor) -> BoundModel:
         """A model ready to run, over the uint8 image `weights` and the cache `kv` [N, L, 2, Hkv, S, D]; both must outlive it.
 
@@ -77,6 +83,7 @@ class BoundModel:
         self._weights = weights
         self._cache = cache
         self._device = device
+        self._few_rows = skeleton.few_rows(weights, cache)
         self._planner = Planner(cache.shape, cache.kv.element_size(), device, skeleton.batch_invariant)
 
     def forward(
@@ -86,7 +93,11 @@ class BoundModel:
 
         `before_layer(i)` is called before layer i's weights are read; with num_layers before the last norm's and the head's.
         """
+        few_rows, slices = self._few_rows, batch.slices
         with torch.inference_mode():
+            if few_rows is not None and 0 < len(slices) <= few_rows.max_rows and all(s.num_tokens == 1 for s in slices):
+                logits = self._skeleton.decode(self._weights, few_rows, batch.token_ids, slices, on_layer, before_layer)
+                return logits if batch.logits_rows is None else logits[batch.logits_rows]
             return self._skeleton.forward(self._weights, self._cache, self._step(batch), on_layer, before_layer)
 
     def _step(self, batch: ForwardBatch) -> Step:

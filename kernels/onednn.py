@@ -14,11 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes; what oneDNN wants of a buffer
 MIN_PACKED_FP32 = 1 << 20  # elements; measured: at 0.6 million even, at 1 million ahead from 4 rows on
+
+_NUM_WORDS = 136  # of oneDNN's description that `pair_layout` reads
 
 _mkldnn: Any = torch.ops.mkldnn
 
@@ -50,7 +53,7 @@ def use_one_thread() -> None:
     For threads that pack beside each other: were each to lead a team, the teams would share the cores and spin while they wait for them.
     """
     torch.get_num_threads()  # torch sets its own number at a thread's first question
-    set_num_threads = getattr(_library(), "omp_set_num_threads", None)
+    set_num_threads = getattr(torch_library(), "omp_set_num_threads", None)
     if set_num_threads is not None:
         set_num_threads(1)
 
@@ -150,7 +153,7 @@ def is_available(dtype: torch.dtype) -> bool:
 @cache
 def _entry_points() -> tuple[Callable[..., int], Callable[[ctypes.c_void_p], Tensor], int, dict[torch.dtype, int]]:
     """torch's C entry points for a tensor over foreign memory, the number of the oneDNN layout, and the numbers of the dtypes."""
-    library = _library()
+    library = torch_library()
     create = library.aoti_torch_create_tensor_from_blob_v2
     create.restype = ctypes.c_int32
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -170,5 +173,37 @@ def _entry_points() -> tuple[Callable[..., int], Callable[[ctypes.c_void_p], Ten
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def torch_library() -> ctypes.CDLL:
+    """Which also finds the symbols of the OpenMP that torch runs on."""
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+@dataclass(frozen=True, slots=True)
+class PairLayout:
+    """[row blocks, pairs, block, 2]: neighbouring columns of a row lie side by side, and rows of a block beside each other."""
+
+    block: int
+    pairs: int
+
+
+def pair_layout(weight: Tensor) -> PairLayout | None:
+    """The layout of a packed bf16 weight, read from oneDNN's description; None when it lies otherwise, or is not packed."""
+    if not weight.is_mkldnn or weight.dtype != torch.bfloat16:
+        return None
+    description = bytes(_mkldnn._get_mkldnn_serialized_md(weight).tolist())
+    if len(description) < 4 * _NUM_WORDS:
+        return None
+    words = np.frombuffer(description[: 4 * _NUM_WORDS], np.int32)
+    (rows, columns), padded = weight.shape, (int(words[28]), int(words[30]))
+    blocks, dims = words[106:112:2].tolist(), words[130:136:2].tolist()  # inner ones, and whether of rows or columns
+    strides = (int(words[80]), int(words[82]))
+    if (int(words[2]), int(words[4])) != (rows, columns) or words[104] != 3 or dims != [1, 0, 1] or blocks[0] != 16 or blocks[2] != 2:
+        return None
+    block, is_dense = blocks[1], strides == (padded[1] * blocks[1], 2 * blocks[0] * blocks[1])
+    return PairLayout(block, padded[1] // 2) if is_dense and block in (32, 64) and padded[0] == -(-rows // block) * block else None
+
+
+def address(weight: Tensor) -> int:
+    """Of a packed weight's bytes."""
+    found: int = _mkldnn.data_ptr(weight)
+    return found

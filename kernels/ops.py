@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from polymux.kernels import few_rows, onednn, reference
 from polymux.kernels import kv_write as _kv_write
 from polymux.kernels import linear as _linear
 from polymux.kernels import norm_rope_act as _fused
-from polymux.kernels import onednn, reference
 from polymux.kernels.attend_decode import attend_group
 from polymux.kernels.attend_plan import AttentionPlan
 from polymux.kernels.attend_prefill import attend_chunk
+from polymux.kernels.few_rows import FewRows, Heads, Layer
 from polymux.kernels.paged import CacheShape, WritePlan
 
 
@@ -34,6 +36,22 @@ class PagedCache:
         if wanted > self._scratch.shape[0]:
             self._scratch = torch.empty(wanted, dtype=self.kv.dtype, device=self.kv.device)
         return self._scratch
+
+
+def prepare_few_rows(dtype: torch.dtype) -> None:
+    """Compile now what `compile_few_rows` needs for models of `dtype`, where this machine can."""
+    if dtype == torch.bfloat16 and few_rows.is_available():
+        few_rows.compiled()
+
+
+def compile_few_rows(layers: Sequence[Layer], final_norm: Tensor, head: Tensor, cache: PagedCache, heads: Heads) -> FewRows | None:
+    """Decode steps of few sequences in one call a layer; None where only the operations below can run this model."""
+    if not cache.kv.is_cpu or cache.kv.dtype != torch.bfloat16 or not head.is_mkldnn or not few_rows.is_available():
+        return None
+    try:
+        return FewRows(layers, final_norm, head, cache.kv, heads)
+    except ValueError:
+        return None
 
 
 def embed(table: Tensor, token_ids: Tensor, hidden_size: int) -> Tensor:

@@ -5,7 +5,7 @@ It holds no weights. What a layer has (biases, head norms) shows in its `LayerWe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ from polymux.actors.models.config import ArchConfig
 from polymux.actors.models.rope import RotaryTable
 from polymux.kernels import ops
 from polymux.kernels.attend_plan import AttentionPlan
-from polymux.kernels.paged import WritePlan
+from polymux.kernels.few_rows import FewRows, Heads
+from polymux.kernels.paged import Span, WritePlan
 
 INVARIANT_ROWS = 16  # token rows in every product under `batch_invariant`
 
@@ -105,6 +106,36 @@ class Decoder:
             return torch.empty(0, config.vocab_size, device=x.device)
         (logits,) = self._by_rows(self._predict, weights, x)
         return logits.float()
+
+    def few_rows(self, weights: ModelWeights, cache: ops.PagedCache) -> FewRows | None:
+        """What `decode` runs these weights by, where this machine can."""
+        config = self.config
+        heads = Heads(num_heads=config.num_heads, eps=config.rms_norm_eps, scale=self._scale, windows=config.windows)
+        return None if self.batch_invariant else ops.compile_few_rows(weights.layers, weights.final_norm, weights.head, cache, heads)
+
+    def decode(
+        self,
+        weights: ModelWeights,
+        few_rows: FewRows,
+        token_ids: Tensor,
+        spans: Sequence[Span],
+        on_layer: Callable[[int], None] | None,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """As `forward` for one token of each sequence, as many as `few_rows` takes: every row's logits."""
+        lengths = [span.context_len for span in spans]
+        cos, sin = self._rotary.at(torch.tensor(lengths), max(lengths))
+        x = ops.embed(weights.embedding, token_ids, self.config.hidden_size).contiguous()
+        few_rows.begin(x, [span.block_ids for span in spans], lengths, cos, sin)
+        for i in range(self.config.num_layers):
+            if before_layer is not None:
+                before_layer(i)
+            few_rows.layer(i)
+            if on_layer is not None:
+                on_layer(i)
+        if before_layer is not None:
+            before_layer(self.config.num_layers)
+        return few_rows.logits()
 
     def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """q [T, Hq, D] and k [T, Hkv, D], rotated, and v [T, Hkv, D]."""
