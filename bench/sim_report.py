@@ -33,7 +33,8 @@ given up or refused counts 0 everywhere. All in percent; in parentheses what the
 
 `wrr` keeps prefill and decode devices apart (6 + 10), as published; `wrr-shared` is its turn rule on workers that do both. `sllm` meets the
 published figures at eight of the ten points exactly, and fails 313 requests for 309 and 554 for 553 at 80x0.1 and 40x0.5. `sllm-oracle` is
-written from a description only, and stays up to 4 points above them.
+written from a description only, and stays up to 4 points above them. Under physical costs only `slack`, `wrr-shared` and the static
+ones let weights stay on a device; the others load at every switch, as their authors have it.
 """
 
 

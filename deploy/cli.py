@@ -308,7 +308,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result 
 def simulate(
     trace: Annotated[list[str], typer.Option("--trace", help="as of plan; repeat for several loads")],
     cluster: Cluster = None,
-    policy: Annotated[list[str] | None, typer.Option("--policy", help="repeat for several; default: slack wrr sllm sllm-idle")] = None,
+    policy: Annotated[list[str] | None, typer.Option("--policy", help="with commas for several; default: slack,wrr,sllm,sllm-idle")] = None,
     slo: SimSlo = "ttft=10,tpot=0.1",
     speed: Annotated[list[float] | None, typer.Option(help="arrivals come so many times as fast; repeat for several")] = None,
     models: NumModels = 16,
@@ -324,7 +324,7 @@ def simulate(
     options = cli_simulate.SimulateOptions(
         traces=tuple(trace),
         cluster=cluster,
-        policies=tuple(policy or cli_simulate.DEFAULT_POLICIES),
+        policies=tuple(name for text in policy for name in text.split(",")) if policy else cli_simulate.DEFAULT_POLICIES,
         slo=slo,
         speeds=tuple(speed or (1.0,)),
         models=models,

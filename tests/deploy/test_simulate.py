@@ -157,7 +157,7 @@ def test_simulate_writes_json_and_pictures_and_the_same_twice(tmp_path: Path) ->
 
 def test_the_command_line_serves_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["simulate", "--trace", SMALL, "--policy", "slack", "--policy", "static", "--slo", "ttft=5,tpot=0.05"])
+        main(["simulate", "--trace", SMALL, "--policy", "slack,static", "--slo", "ttft=5,tpot=0.05"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "slack" in text and "static" in text
