@@ -1,8 +1,8 @@
 """The bare engine against transformers: one model, greedy, decode at several batch sizes and the prefill of a long prompt.
 
 A checkpoint of random weights in the shape of Qwen2.5-0.5B is made once and run by both, in one process, in turns: each round runs every
-engine once on every case, so that drifting memory bandwidth meets all of them. Figures are medians over the rounds. A third party runs the
-packed matrix products of each step and nothing else: what would be left if all the rest were free.
+engine once on every case, so that drifting memory bandwidth meets all of them. Figures are medians over the rounds. A third party runs
+oneDNN's matrix products of each step and nothing else: what the operations of torch would reach if all the rest were free.
 
     python bench/engine.py --out docs/results/engine.md
 """
@@ -49,7 +49,7 @@ QWEN25_05B = {
 }
 SMALL = QWEN25_05B | {"vocab_size": 8192, "num_hidden_layers": 6}  # for the comparison of tokens in fp32
 BATCHES = (1, 4, 16)
-PRODUCTS = "packed products alone"
+PRODUCTS = "oneDNN's products alone"
 
 
 @dataclass(frozen=True)

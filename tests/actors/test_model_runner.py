@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from polymux.actors.model_runner import ForwardBatch, ModelRunner, SequenceSlice
 from polymux.actors.weights.checkpoint import Checkpoint
+from polymux.kernels import few_rows
 from polymux.transport.errors import ConfigError
 
 CheckpointOf = Callable[..., Path]
@@ -115,6 +116,28 @@ def schedule(data: st.DataObject) -> list[dict[str, int]]:
         steps.append({name: min(size, left[name]) for name, size in step.items()})
         left = {name: rest for name in left if (rest := left[name] - steps[-1].get(name, 0))}
     return steps
+
+
+@pytest.mark.skipif(not few_rows.is_available(), reason="numba, or packed bf16, is not here")
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied"])
+def test_compiled_decode_steps_give_the_logits_of_the_operations(
+    name: str, checkpoint_of: CheckpointOf, runner_for: RunnerFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(checkpoint_of(name))
+    compiled = runner_for(checkpoint, "bfloat16")
+    monkeypatch.setattr(few_rows, "is_available", lambda: False)
+    plain = runner_for(checkpoint, "bfloat16")
+    tokens = {key: token_ids(length, length) for key, length in {"a": 40, "b": 7, "c": 20}.items()}
+    for runner in (compiled, plain):
+        for key, ids in tokens.items():
+            runner.step({key: ids[:-4]})
+    written: list[int] = []
+    for i in range(-4, 0):
+        step = {key: ids[i : len(ids) + i + 1] for key, ids in tokens.items()}
+        found, expected = compiled.step(step, written.append), plain.step(step)
+        for key in tokens:
+            torch.testing.assert_close(found[key], expected[key], rtol=0.05, atol=0.05 * float(expected[key].abs().max()))
+    assert written == list(range(checkpoint.config.num_layers)) * 4
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
