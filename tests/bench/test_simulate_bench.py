@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+import sim_scale
 import simulate
 from sim_published import HALF_SLO, PUBLISHED
 from simulate import Point, trace_files
@@ -56,3 +57,12 @@ def test_a_missing_point_is_named_with_those_that_there_are(tmp_path: Path) -> N
     write_list(tmp_path, "simreq-64-0.1-1.0-1.0.csv")
     with pytest.raises(SystemExit, match=r"no list for 65x0\.1; there are 64x0\.1"):
         simulate.main(["--trace-dir", str(tmp_path), "--points", "65,0.1"])
+
+
+def test_the_scale_benchmark_says_what_a_decision_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "scale.md"
+    sim_scale.main(["--models", "20", "--devices", "6", "--requests", "40", "--rate", "4", "--out", str(out)])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["requests"] == 40 and line["attainment"]["req"] == 100.0
+    assert line["placement_us"]["256x4"] > line["placement_us"]["16x4"] > 0
+    assert "| 16 | 4 |" in out.read_text()
