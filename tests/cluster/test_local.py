@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,19 @@ def config_for(*models: ModelConfig, arena_bytes: int = 48 * MIB) -> ClusterConf
     return ClusterConfig(models=models, pools=PoolsConfig(prefill=pool, decode=pool), liveness=liveness)
 
 
+@pytest.fixture(autouse=True)
+def threads_of_others() -> Iterator[None]:
+    """Those that were there before the test are not this cluster's."""
+    global _known
+    _known = frozenset(threading.enumerate())
+    yield
+
+
+_known: frozenset[threading.Thread] = frozenset()
+
+
 def engine_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("polymux")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("polymux") and thread not in _known]
 
 
 async def test_it_shows_its_workers_and_models_and_leaves_no_thread() -> None:
