@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import sys
@@ -150,7 +151,7 @@ def report(line: dict[str, Any], result: Result, placements: dict[Size, float], 
         [
             "# Simulation at scale, and what a decision costs",
             "",
-            describe() + ".",
+            f"{describe()}; load average {os.getloadavg()[0]:.1f} at the end.",
             "",
             f"{line['models']} models (popularity rank ** -0.8, the published mix of sizes) on {line['devices']} devices with physical "
             f"costs: {line['requests']} Poisson requests and {result.num_tokens} tokens under `slack` in {line['wall_s']:.0f} s "

@@ -28,6 +28,7 @@ class ClusterSpec:
     costs: str = "physical"
     device: str = "h100"
     link_gb_per_s: float = 25.0  # host memory to device
+    devices_per_link: int = 1  # that share it
     memory_gib: float = 72.0  # for weights and KV
     weight_gib: float = 48.0  # of it, for weights that stay
     max_prefill_tokens: int = 2048
@@ -40,10 +41,13 @@ class ClusterSpec:
             raise ConfigError(f"costs={self.costs!r} is no cost model; there are {', '.join(COSTS)}", param="costs")
         if self.device not in DEVICES:
             raise ConfigError(f"device={self.device!r} has no coefficients; {', '.join(DEVICES)} have", param="device")
-        for name in ("devices", "link_gb_per_s", "memory_gib", "weight_gib", "max_prefill_tokens", "max_num_seqs"):
+        for name in ("devices", "devices_per_link", "link_gb_per_s", "memory_gib", "weight_gib", "max_prefill_tokens", "max_num_seqs"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
                 raise ConfigError(f"{name}={value!r} must be a number above 0", param=name)
+        for name in ("devices", "devices_per_link", "max_prefill_tokens", "max_num_seqs"):
+            if not isinstance(getattr(self, name), int):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a whole number", param=name)
         if self.weight_gib >= self.memory_gib:
             raise ConfigError(f"weight_gib={self.weight_gib} leaves no KV room in memory_gib={self.memory_gib}", param="weight_gib")
 
@@ -87,6 +91,7 @@ class ClusterSpec:
             max_prefill_tokens=self.max_prefill_tokens,
             max_num_seqs=self.max_num_seqs,
             weight_budget_bytes=None if self.costs == "artifact" else round(self.weight_gib * GIB),
+            devices_per_link=self.devices_per_link,
         )
 
     def to_dict(self) -> dict[str, Any]:

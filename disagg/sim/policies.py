@@ -32,6 +32,7 @@ class Pool:
     max_prefill_tokens: int = 2048
     max_num_seqs: int = 256
     weight_budget_bytes: int | None = None
+    devices_per_link: int = 1  # that load weights one after another; only under policies that let weights stay
 
     def __post_init__(self) -> None:
         if self.num_devices < 1:
@@ -58,6 +59,7 @@ def _turns(name: str) -> Builder:
             max_prefill_tokens=pool.max_prefill_tokens,
             max_num_seqs=pool.max_num_seqs,
             weight_budget_bytes=pool.weight_budget_bytes,
+            devices_per_link=pool.devices_per_link,
             journal=journal,
         )
 

@@ -76,16 +76,23 @@ class ArtifactSwitcher:
 
 
 @dataclass(slots=True)
+class Link:
+    """From host memory to one device, or to several that share it: loads cross it one after another."""
+
+    free_at_us: int = 0
+
+
+@dataclass(slots=True)
 class PhysicalSwitcher:
     """Models stay while their weights fit; one load at a time crosses the worker's link, and finishes when its last byte is there."""
 
     costs: CostModel
     kinds: Mapping[ModelName, str]
     weight_budget_bytes: int
+    link: Link = field(default_factory=Link)
     active: ModelName | None = None
     _ready_at_us: dict[ModelName, int] = field(default_factory=dict)  # resident or on its way: when its last byte is there
     _popularity: dict[ModelName, Popularity] = field(default_factory=dict)
-    _link_free_us: int = 0
 
     @property
     def resident(self) -> frozenset[ModelName]:
@@ -96,7 +103,7 @@ class PhysicalSwitcher:
             return 0
         if model in self._ready_at_us:
             return max(0, self._ready_at_us[model] - now_us)
-        return max(0, self._link_free_us - now_us) + self.costs.load_us(self.kinds[model])
+        return max(0, self.link.free_at_us - now_us) + self.costs.load_us(self.kinds[model])
 
     def switch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int:
         if model not in self._ready_at_us:
@@ -111,8 +118,8 @@ class PhysicalSwitcher:
     def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int | None:
         if model in self._ready_at_us:
             return None
-        if self._link_free_us > now_us:
-            return self._link_free_us
+        if self.link.free_at_us > now_us:
+            return self.link.free_at_us
         keep = frozenset(wanted) | {model} | ({self.active} if self.active is not None else set())
         if self._make_room(model, now_us, (), keep=keep):
             self._load(model, now_us)
@@ -128,8 +135,8 @@ class PhysicalSwitcher:
         """Loads run beside compute at their own speed."""
 
     def _load(self, model: ModelName, now_us: int) -> None:
-        self._link_free_us = max(self._link_free_us, now_us) + self.costs.load_us(self.kinds[model])
-        self._ready_at_us[model] = self._link_free_us
+        self.link.free_at_us = max(self.link.free_at_us, now_us) + self.costs.load_us(self.kinds[model])
+        self._ready_at_us[model] = self.link.free_at_us
 
     def _make_room(self, model: ModelName, now_us: int, wanted: Collection[ModelName], *, keep: frozenset[ModelName]) -> bool:
         """Evict by value, models with work last, none of `keep`. False, and nobody evicted, when that is not enough."""

@@ -13,7 +13,7 @@ from polymux.disagg.multiplex import WeightedRoundRobin
 from polymux.disagg.sim.costs import CostModel
 from polymux.disagg.sim.loop import Journal
 from polymux.disagg.sim.outcome import Targets
-from polymux.disagg.sim.residency import Switcher
+from polymux.disagg.sim.residency import Link, Switcher
 from polymux.disagg.sim.token_level import SimWorker, TokenLevel
 from polymux.disagg.sim.workload import SimRequest
 from polymux.transport.units import ModelName
@@ -61,7 +61,7 @@ class StaticPlacement(TokenLevel):
         self._used = {worker.number: 0 for worker in self._workers}  # bytes of weights
         self._num_models = {worker.number: 0 for worker in self._workers}
 
-    def _switcher(self) -> Switcher:
+    def _switcher(self, link: Link) -> Switcher:
         return AlwaysThere()
 
     def _place(self, request: SimRequest, now_us: int) -> SimWorker | None:

@@ -17,7 +17,7 @@ from polymux.disagg.multiplex import Turn, TurnPolicy, is_over
 from polymux.disagg.sim.costs import SECOND, CostModel
 from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
-from polymux.disagg.sim.residency import ArtifactSwitcher, PhysicalSwitcher, Switcher
+from polymux.disagg.sim.residency import ArtifactSwitcher, Link, PhysicalSwitcher, Switcher
 from polymux.disagg.sim.workload import SimRequest
 from polymux.disagg.views import AskView, BatchView, DecodeModelView, DecodeView, DecodeWorkerView, Due
 from polymux.transport.units import ModelName, WorkerId
@@ -78,6 +78,7 @@ class TokenLevel(Simulation[SimWorker]):
         max_prefill_tokens: int = 2048,
         max_num_seqs: int = 256,
         weight_budget_bytes: int | None = None,
+        devices_per_link: int = 1,
         journal: Journal | None = None,
     ) -> None:
         super().__init__(targets, journal)
@@ -89,16 +90,18 @@ class TokenLevel(Simulation[SimWorker]):
         self._max_prefill_tokens = max_prefill_tokens
         self._max_num_seqs = max_num_seqs
         self._kinds: dict[ModelName, str] = {}
-        self._workers = [SimWorker(i, WorkerId(f"worker-{i:04d}"), policy.start(), self._switcher()) for i in range(num_workers)]
+        links = [Link() for _ in range(0, num_workers, devices_per_link)]
+        weights = [self._switcher(links[i // devices_per_link]) for i in range(num_workers)]
+        self._workers = [SimWorker(i, WorkerId(f"worker-{i:04d}"), policy.start(), weights[i]) for i in range(num_workers)]
         self._decode_costs: dict[ModelName, tuple[float, float, float]] = {}
         self._switch_bytes_per_s = 1.0
         self._output_len = EXPECTED_OUTPUT_LEN
         self.num_switches = self.num_decisions = self.num_steps = 0
 
-    def _switcher(self) -> Switcher:
+    def _switcher(self, link: Link) -> Switcher:
         if self._weight_budget_bytes is None:
             return ArtifactSwitcher(self._costs, self._kinds)
-        return PhysicalSwitcher(self._costs, self._kinds, self._weight_budget_bytes)
+        return PhysicalSwitcher(self._costs, self._kinds, self._weight_budget_bytes, link)
 
     def _begin(self, requests: Sequence[SimRequest]) -> None:
         """What a placement knows of each model's costs: a line through the cost model's answers."""

@@ -108,7 +108,12 @@ def test_a_cluster_is_read_from_yaml_and_refuses_what_it_does_not_know(tmp_path:
     path.write_text("devices: 4\ncosts: artifact\nkinds: [qwen2.5-7b]\n")
     spec = ClusterSpec.read(path)
     assert (spec.devices, spec.cost_model(), spec.pool().weight_budget_bytes) == (4, H100_ARTIFACT, None)
-    for text, message in (("gpus: 4", "unknown settings"), ("costs: free", "no cost model"), ("weight_gib: 80", "leaves no KV room")):
+    for text, message in (
+        ("gpus: 4", "unknown settings"),
+        ("costs: free", "no cost model"),
+        ("devices: 1.5", "whole number"),
+        ("weight_gib: 80", "no KV room"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             ClusterSpec.read(path)

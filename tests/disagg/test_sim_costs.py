@@ -8,7 +8,7 @@ from polymux.disagg.sim.bound import max_on_time
 from polymux.disagg.sim.costs import H100_ARTIFACT, MS, SECOND
 from polymux.disagg.sim.outcome import Targets
 from polymux.disagg.sim.physical import GIB, physical_costs
-from polymux.disagg.sim.residency import ArtifactSwitcher, PhysicalSwitcher
+from polymux.disagg.sim.residency import ArtifactSwitcher, Link, PhysicalSwitcher
 from polymux.disagg.sim.workload import SimRequest
 from polymux.transport.units import ModelName
 
@@ -61,6 +61,14 @@ def test_a_physical_load_begins_when_it_is_asked_for_and_one_follows_another() -
     assert switcher.wait_us(B, load_us + 1000) == load_us - 1000
     assert switcher.switch(B, 3 * load_us, ()) == 0
     assert switcher.switch(A, 3 * load_us, ()) == 0
+
+
+def test_devices_that_share_a_link_load_one_after_another() -> None:
+    costs, link = physical_costs("h100"), Link()
+    first, second = (PhysicalSwitcher(costs, KINDS, 40 * GIB, link) for _ in range(2))
+    load_us = costs.load_us(QWEN)
+    assert (first.switch(A, 0, ()), second.switch(A, 0, ())) == (load_us, 2 * load_us)
+    assert PhysicalSwitcher(costs, KINDS, 40 * GIB).switch(A, 0, ()) == load_us
 
 
 def test_a_prefetch_takes_nobodys_room_who_has_work() -> None:
