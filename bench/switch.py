@@ -356,7 +356,8 @@ def report(args: argparse.Namespace, samples: Samples, nbytes: int, growth: Grow
             "",
             f"{describe()}; Qwen2.5-0.5B's shape with {args.layers} layers and random weights, {args.dtype}, image of {nbytes >> 20} MiB, "
             f"{args.threads} thread(s), pieces of {piece_bytes(nbytes) >> 20} MiB. Medians of {args.rounds} interleaved rounds after one "
-            "that warms up (least to most).",
+            f"that warms up (least to most). The load average was {os.getloadavg()[1]:.1f} when it ended: well above "
+            f"{args.threads} the machine was shared, which waiting threads pay for.",
             "",
             "| | ms | GB/s | of memcpy |",
             "|---|---|---|---|",
@@ -382,7 +383,7 @@ def report(args: argparse.Namespace, samples: Samples, nbytes: int, growth: Grow
             "",
             f"A switch between resident models takes {1e6 * samples.median('resident switch'):.1f} µs.",
             "",
-            f"Over {growth.footprints[-1].num_switches} switches between models of 1 MiB, each with a copy and a decode step "
+            f"Over {growth.footprints[-1].num_switches} switches between models of 3 MiB, each with a copy and a decode step "
             f"({1e3 * growth.switch_and_step_s:.2f} ms together), the bytes that the process had allocated grew by "
             f"{growth.total('allocated_bytes')} ({growth.slope('allocated_bytes'):.4f} a switch, the slope of the line through "
             f"{len(growth.footprints)} readings), the resident memory of its own by {growth.total('private_bytes')}, its descriptors by "
