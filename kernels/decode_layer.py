@@ -259,6 +259,7 @@ def _write(step: Any, start: Any, slot: Any, values: Any) -> None:
 
 
 _slot_dots = packed_dot.slot_dots()
+_slot_sums_4, _slot_sums_2, _slot_sums_1 = (packed_dot.slot_sums(heads, SLOTS) for heads in (4, 2, 1))
 
 
 @jit
@@ -274,8 +275,8 @@ def _attend(layer: Any, step: Any, row: Any, head: Any, scratch: Any) -> None:
     v = _floats(step.heads + 4 * (row * heads + heads - step.num_kv_heads + head) * size, size)
     _write(step, keys + newest, length % step.slots, _turn(step, row, step.num_heads + head, layer.head_norms, _ONE))
     _write(step, values + newest, length % step.slots, v)
-    out, wide = _floats(scratch, group * size), _floats(scratch + 4 * group * size, size)
-    scratch += 4 * (group + 1) * size
+    sums, out = scratch, _floats(scratch, group * size)
+    scratch += 4 * group * size
     scores, queries = _floats(scratch, group * SLOTS), scratch + 4 * group * SLOTS
     highest, totals = _floats(queries + 2 * group * size, group), _floats(queries + 2 * group * size + 4 * group, group)
     for g in range(group):
@@ -296,20 +297,37 @@ def _attend(layer: Any, step: Any, row: Any, head: Any, scratch: Any) -> None:
                 _slot_dots(strip, 2 * size, queries + 2 * g * size, size // 2, scratch + 4 * (g * SLOTS + j))
         for g in range(group):
             _weigh(scores[g * SLOTS + start : g * SLOTS + stop], highest, totals, g, out[g * size : (g + 1) * size])
-        for j in range(start, stop):
-            slot = base + j
-            value = _halves(values + table[slot // step.slots] * step.block_bytes + 2 * (slot % step.slots) * size, size)
-            for i in range(size):
-                wide[i] = _widen(value[i])
-            for g in range(group):
-                weight = scores[g * SLOTS + j]
-                for i in range(size):
-                    out[g * size + i] += weight * wide[i]
+        _add_values(step, values, table, base, start, stop, scratch, sums)
     attended = _halves(step.attended + 2 * (row * 2 * layer.output.pairs + head * group * size), group * size)
-    for g in range(group):
-        inverse = _ONE / totals[g]
-        for i in range(size):
-            attended[g * size + i] = _narrow(out[g * size + i] * inverse)
+    for line in range(0, group * size, 2 * LANES):
+        inverse = _ONE / totals[line // size]
+        for i in range(LANES):
+            attended[line + 2 * i] = _narrow(out[line + i] * inverse)
+            attended[line + 2 * i + 1] = _narrow(out[line + LANES + i] * inverse)
+
+
+@jit
+def _add_values(step: Any, values: Any, table: Any, base: Any, start: Any, stop: Any, weights: Any, out: Any) -> None:
+    """V of slots [base + start, base + stop) by their weights; every 32 columns of `out` have the even ones before the odd ones."""
+    size, group = step.head_dim, step.num_heads // step.num_kv_heads
+    while start < stop:
+        slot = base + start
+        count = min(stop - start, step.slots - slot % step.slots)
+        strip = values + table[slot // step.slots] * step.block_bytes + 2 * (slot % step.slots) * size
+        for column in range(0, size, 2 * LANES):
+            head = 0
+            while head < group:
+                at, into = weights + 4 * (head * SLOTS + start), out + 4 * (head * size + column)
+                if group - head > 3:
+                    _slot_sums_4(strip + 2 * column, 2 * size, at, count, into)
+                    head += 4
+                elif group - head > 1:
+                    _slot_sums_2(strip + 2 * column, 2 * size, at, count, into)
+                    head += 2
+                else:
+                    _slot_sums_1(strip + 2 * column, 2 * size, at, count, into)
+                    head += 1
+        start += count
 
 
 @jit

@@ -109,7 +109,7 @@ class FewRows:
         step["block_bytes"] = 2 * shape.strips_per_block * shape.block_size * shape.head_dim
         step["eps"], step["scale"] = heads.eps, heads.scale
         group = heads.num_heads // shape.num_kv_heads
-        attention = (2 * group + 1) * shape.head_dim + group * (SLOTS + 2)
+        attention = 2 * group * shape.head_dim + group * (SLOTS + 2)
         step["scratch_bytes"] = -(-4 * max(2 * GROUP_LINES * LANES * MAX_ROWS, attention) // 64) * 64
         return step
 

@@ -200,6 +200,37 @@ def slot_dots() -> Callable[..., None]:
     return _function("slot_dots", generate)
 
 
+def slot_sums(num_heads: int, weights_pitch: int) -> Callable[..., None]:
+    """(values, stride, weights, count, out): adds 32 columns of `count` rows of bf16, each row by its weight, to `out` of each head.
+
+    The even columns come before the odd ones. Rows are `stride` bytes apart, heads of `out` twice that, of weights `weights_pitch`.
+    """
+
+    def generate(builder: Any, values: Any, stride: Any, weights: Any, count: Any, out: Any) -> None:
+        values, weights, out = (builder.inttoptr(start, _BYTES) for start in (values, weights, out))
+        loop = _PairLoop(builder, count, 1)
+        totals = loop.totals(2 * num_heads)
+        row = builder.load(builder.bitcast(builder.gep(values, [builder.mul(loop.k, stride)]), _INTS.as_pointer()))
+        row.align = 4
+        even = builder.bitcast(builder.shl(row, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
+        odd = builder.bitcast(builder.and_(row, ir.Constant(_INTS, [0xFFFF0000] * LANES)), _FLOATS)
+        sums: list[Any] = []
+        for head in range(num_heads):
+            place = builder.add(builder.mul(loop.k, _I64(4)), _I64(4 * weights_pitch * head))
+            weight = builder.load(builder.bitcast(builder.gep(weights, [place]), _I32.as_pointer()))
+            factor = builder.bitcast(_broadcast(builder, weight), _FLOATS)
+            sums += [_call(builder, "llvm.fma.v16f32", _FLOATS, half, factor, totals[len(sums) + i]) for i, half in enumerate((even, odd))]
+        loop.close(totals, sums)
+        for i, value in enumerate(sums):
+            start = builder.add(builder.mul(stride, _I64(2 * (i // 2))), _I64(i % 2 * LINE_BYTES))
+            place = builder.bitcast(builder.gep(out, [start]), _FLOATS.as_pointer())
+            before = builder.load(place)
+            before.align = 4
+            builder.store(builder.fadd(before, value), place).align = 4
+
+    return _function(f"slot_sums_{num_heads}", generate)
+
+
 def _function(name: str, generate: Callable[..., None]) -> Callable[..., None]:
     """Five integers to nothing, by what `generate(builder, *integers)` writes; not inlined, so that it is compiled once."""
     signature = types.void(*[types.int64] * 5)
