@@ -190,7 +190,7 @@ class Residency:
         self.arena.free_weights(resident.span)
         if self.active == model:
             self.active = None
-            self._note_kept()
+        self._note_kept()
 
     def vacate(self, offset: int) -> None:
         """Clear everything from `offset` on, which is past the reserve: idle models leave, the active one moves down."""
@@ -257,7 +257,7 @@ class Residency:
         self.bytes_per_s += _SMOOTHING * (load.bytes_per_s - self.bytes_per_s)
         if model == self.active:
             self._former = None
-            self._note_kept()
+        self._note_kept()
         loaded = Loaded(
             model=model,
             nbytes=resident.span.nbytes,
@@ -281,6 +281,7 @@ class Residency:
         load = self.loader.begin(spec, self.arena.region.buffer[span.offset : span.end], weights, is_urgent=is_urgent)
         resident = Resident(spec, span, weights, load, is_prefetched=not is_urgent, used_s=self.clock())
         self.residents[spec.model] = resident
+        self._note_kept()  # what is new may be pinned, and leave the active one no other place
         return resident
 
     def _move(self, resident: Resident, offset: int) -> None:
@@ -307,6 +308,7 @@ class Residency:
                 self.evict(former.model)
                 raise
             self.active = former.model
+            self._note_kept()
 
     # -- views for the policy -----------------------------------------------------------------------------------------
 

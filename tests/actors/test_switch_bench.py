@@ -24,11 +24,22 @@ def test_a_count_below_one_is_refused(argument: str, capsys: pytest.CaptureFixtu
 def test_ratios_say_which_is_faster() -> None:
     samples = switch.Samples()
     names = "memcpy", "loader alone", "switch, whole", "resident step", "switch and first step", "resident switch"
-    for name in (*names, "cold polymux", "cold transformers", "cold safetensors, read only", "small switch and step"):
+    for name in (
+        *names,
+        "cold polymux",
+        "cold transformers",
+        "cold safetensors, read only",
+        "small switch and step",
+        "cold polymux, image",
+        "cold polymux, load",
+        "cold polymux, step",
+    ):
         samples.seconds[name] = [2.0]
     samples.seconds["loader alone"] = [4.0, 5.0, 3.0]
     samples.seconds["cold transformers"] = [1.0]
-    same = switch.Footprint(allocated_bytes=1, private_bytes=1, num_fds=1, weight_spans=1, weight_bytes=1)
-    text, figures = switch.report(switch.parse([]), samples, 1 << 30, (same, same))
+    footprints = [
+        switch.Footprint(num_switches=n, allocated_bytes=1, private_bytes=1, num_fds=1, weight_spans=1, weight_bytes=1) for n in (0, 9)
+    ]
+    text, figures = switch.report(switch.parse([]), samples, 1 << 30, switch.Growth(footprints, 2.0))
     assert figures["copy_ratio"] == 0.5 and figures["cold_vs_transformers"] == 0.5 and figures["growth_bytes"] == 0
     assert "4000.0 (3000.0 to 5000.0)" in text
