@@ -73,6 +73,7 @@ PACKAGES = (
     Package(name="jinja2", low="3.1", high="4", extra="serve"),
     Package(name="pyyaml", low="6", high="7", extra="serve"),
     Package(name="prometheus-client", low="0.20", extra="serve"),
+    Package(name="blake3", low="1", high="2", extra="serve"),
 )
 
 
