@@ -67,7 +67,6 @@ class Grants:
             sampling=command.sampling,
             grant=grant,
             deadline_s=remaining_s,
-            ttft_slo_s=command.ttft_slo_s,
             tpot_slo_s=command.tpot_slo_s,
             handover=sequence.handover,
             due_in_s=sequence.due_s - self._engine.clock(),

@@ -151,7 +151,6 @@ class Decoder:
             sampling=SamplingParams(max_tokens=1),
             grant=grant,
             deadline_s=30.0,
-            ttft_slo_s=1.0,
             tpot_slo_s=0.1,
             due_in_s=1.0,
         )

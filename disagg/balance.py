@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from polymux.disagg.multiplex import round_load
 from polymux.disagg.views import BalanceView, DecodeModelView, DecodeWorkerView
 from polymux.transport.errors import ConfigError
 from polymux.transport.units import ModelName, WorkerId
@@ -93,13 +94,13 @@ class Balance:
 
     def load(self, models: Mapping[ModelName, DecodeModelView], worker: DecodeWorkerView, new_weight_bytes: int = 0) -> float:
         """The share of its time that a worker needs for these batches; `new_weight_bytes` are of a model that it had no work for."""
-        if not models:
-            return 0.0
-        steps = math.fsum(one.step_s / one.tpot_slo_s for one in models.values())
-        if len(models) == 1:
-            return steps
-        switch_s = worker.round_switch_s + new_weight_bytes / worker.switch_bytes_per_s
-        return steps + switch_s / (min(one.tpot_slo_s / one.step_s for one in models.values()) * self.max_quota_s)
+        return round_load(
+            math.fsum(one.step_s / one.tpot_slo_s for one in models.values()),
+            num_models=len(models),
+            switch_s=worker.round_switch_s + new_weight_bytes / worker.switch_bytes_per_s,
+            min_steps=min((one.tpot_slo_s / one.step_s for one in models.values()), default=math.inf),
+            max_quota_s=self.max_quota_s,
+        )
 
 
 def _joined(batch: DecodeModelView, here: DecodeModelView | None, target: DecodeWorkerView, model: ModelName) -> DecodeModelView:

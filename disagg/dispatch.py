@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from polymux.disagg.multiplex import round_load
 from polymux.disagg.views import AskView, DecodeWorkerView, PrefillWorkerView
 from polymux.transport.units import WorkerId
 
@@ -99,13 +100,15 @@ def _placed(ask: AskView, worker: DecodeWorkerView, max_quota_s: float) -> tuple
     num_tokens = ask.num_prompt_tokens + ask.num_output_tokens
     step_s = base + per_seq * min(num_here + 1, worker.max_num_seqs) + per_token * (kv_tokens + num_tokens)
     switch_s = 0.0 if ask.model in worker.resident else ask.weight_bytes / worker.switch_bytes_per_s
-    load = worker.load - old_load + step_s / tpot_slo_s
-    load_before = worker.load
-    if len(worker.models) > 1:
-        load_before += worker.round_switch_s / (worker.min_steps * max_quota_s)
-    if len(worker.models) > (here is not None):  # it shares the worker with other models
-        round_switch_s = worker.round_switch_s + (switch_s if here is None else 0.0)
-        load += round_switch_s / (min(worker.min_steps, tpot_slo_s / step_s) * max_quota_s)
+    num_models, round_switch_s, min_steps = len(worker.models), worker.round_switch_s, worker.min_steps
+    load_before = round_load(worker.load, num_models=num_models, switch_s=round_switch_s, min_steps=min_steps, max_quota_s=max_quota_s)
+    load = round_load(
+        worker.load - old_load + step_s / tpot_slo_s,
+        num_models=num_models + (here is None),
+        switch_s=round_switch_s + (switch_s if here is None else 0.0),
+        min_steps=min(min_steps, tpot_slo_s / step_s),
+        max_quota_s=max_quota_s,
+    )
     tpot_s = tpot_slo_s * load
     short = max(0, num_here + 1 - worker.max_num_seqs) + max(0.0, ask.kv_bytes - worker.free_kv_bytes) / max(ask.kv_bytes, 1)
     wait_s = ask.num_output_tokens * tpot_s * short / worker.num_seqs if worker.num_seqs else 0.0  # nobody to wait for: room is made

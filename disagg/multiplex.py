@@ -111,7 +111,9 @@ class WeightedRoundRobin:
             loosest_s = max(batch.tpot_slo_s for batch in batches)
             return {b.model: min(b.step_s * loosest_s / b.tpot_slo_s, self.max_quota_s) for b in batches}
         load = math.fsum(1 / n for n in steps.values())
-        alpha = max(switch_s / (min(steps.values()) * self.max_quota_s) + load, self.min_alpha)
+        least = min(steps.values())
+        in_round = round_load(load, num_models=len(batches), switch_s=switch_s, min_steps=least, max_quota_s=self.max_quota_s)
+        alpha = max(in_round, self.min_alpha)
         return {model: switch_s / (n * (alpha - load)) for model, n in steps.items()}
 
 
@@ -125,9 +127,10 @@ def _cycle(models: Mapping[ModelName, object], *, after: ModelName | None, first
     return ordered[start:] + ordered[:start]
 
 
-def round_load(batches: Sequence[BatchView], max_quota_s: float = 4.0) -> float:
-    """How much of a round's allowed time it takes at the longest turns; above 1, some SLO of the worker cannot hold."""
-    steps = [batch.tpot_slo_s / max(batch.step_s, 1e-6) for batch in batches]
-    if not steps:
-        return 0.0
-    return math.fsum(1 / n for n in steps) + math.fsum(batch.switch_s for batch in batches) / (min(steps) * max_quota_s)
+def round_load(shares: float, *, num_models: int, switch_s: float, min_steps: float, max_quota_s: float) -> float:
+    """How much of a round's allowed time it takes at the longest turns; above 1, some SLO of the worker cannot hold.
+
+    `shares` is the sum over its models of step time / TPOT, `min_steps` the smallest TPOT / step time, `switch_s` the round's switches:
+    a model that is alone has none.
+    """
+    return shares if num_models < 2 else shares + switch_s / (min_steps * max_quota_s)

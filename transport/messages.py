@@ -125,7 +125,6 @@ class Generate:
     sampling: SamplingParams
     prefill: Peer
     deadline_s: float
-    ttft_slo_s: float
     tpot_slo_s: float
     due_in_s: float  # until token 0 is due, at sending: token i is due i * tpot_slo_s later. Negative when it is late
     handover: SequenceId | None = None
@@ -166,7 +165,6 @@ class Prefill:
     sampling: SamplingParams
     grant: Grant
     deadline_s: float
-    ttft_slo_s: float
     tpot_slo_s: float
     due_in_s: float  # until the token that this prefill makes is due, at sending; negative when it is late
     handover: SequenceId | None = None

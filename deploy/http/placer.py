@@ -265,7 +265,6 @@ class Placer:
             sampling=choice.plan.sampling,
             prefill=prefill,
             deadline_s=self._remaining_s(),
-            ttft_slo_s=placement.ttft_slo_s,
             tpot_slo_s=placement.tpot_slo_s,
             cache_salt=self._generation.cache_salt,
             due_in_s=placement.ttft_slo_s - (self._loop.time() - self._arrived_s),

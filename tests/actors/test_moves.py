@@ -81,7 +81,6 @@ class Client:
             sampling=self.sampling,
             prefill=self.pair.peer(old),
             deadline_s=30.0,
-            ttft_slo_s=10.0,
             tpot_slo_s=0.1,
             due_in_s=10.0,
             handover=SequenceId(handover),

@@ -104,7 +104,6 @@ def generate(sequence_id: str, model: ModelName, num_tokens: int) -> Generate:
         sampling=SamplingParams(max_tokens=8),
         prefill=PEER,
         deadline_s=60.0,
-        ttft_slo_s=10.0,
         tpot_slo_s=0.1,
         due_in_s=10.0,
     )
@@ -160,7 +159,6 @@ def order(sequence_id: str, model: ModelName, num_tokens: int, number: int) -> t
         sampling=SamplingParams(max_tokens=8),
         grant=grant,
         deadline_s=60.0,
-        ttft_slo_s=10.0,
         tpot_slo_s=0.1,
         due_in_s=10.0,
     )

@@ -101,7 +101,6 @@ def running(name: str, model: ModelName, clock: Clock, *, due_in_s: float = 10.0
         sampling=SamplingParams(max_tokens=8),
         prefill=PEER,
         deadline_s=60.0,
-        ttft_slo_s=10.0,
         tpot_slo_s=0.1,
         due_in_s=due_in_s,
     )

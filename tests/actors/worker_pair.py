@@ -112,7 +112,6 @@ class Pair:
                 sampling=sampling,
                 prefill=self.peer(prefill),
                 deadline_s=deadline_s,
-                ttft_slo_s=10.0,
                 tpot_slo_s=0.1,
                 due_in_s=due_in_s,
                 cache_salt=cache_salt,

@@ -59,6 +59,17 @@ shapes = st.lists(
 ).map(lambda rows: [batch(n, step_s=a, tpot_slo_s=b, switch_s=c) for n, (a, b, c) in zip(NAMES, rows, strict=False)])
 
 
+def load_of(batches: list[BatchView]) -> float:
+    steps = [b.tpot_slo_s / b.step_s for b in batches]
+    return round_load(
+        sum(1 / n for n in steps),
+        num_models=len(batches),
+        switch_s=sum(b.switch_s for b in batches),
+        min_steps=min(steps, default=math.inf),
+        max_quota_s=WRR.max_quota_s,
+    )
+
+
 @settings(deadline=None)
 @given(shapes)
 def test_a_round_is_alpha_times_as_long_as_every_models_tokens_may_take(batches: list[BatchView]) -> None:
@@ -69,7 +80,7 @@ def test_a_round_is_alpha_times_as_long_as_every_models_tokens_may_take(batches:
         return
     alphas = [(switch_s + sum(quotas.values())) / (quotas[b.model] / b.step_s * b.tpot_slo_s) for b in batches]
     assert max(alphas) == pytest.approx(min(alphas))
-    assert max(alphas) == pytest.approx(max(round_load(batches), WRR.min_alpha))
+    assert max(alphas) == pytest.approx(max(load_of(batches), WRR.min_alpha))
 
 
 def test_switches_that_will_not_happen_do_not_lengthen_turns() -> None:
@@ -171,4 +182,4 @@ def test_a_setting_that_cannot_work_is_refused(setting: dict[str, float]) -> Non
 
 
 def test_an_idle_round_has_no_load() -> None:
-    assert round_load([]) == 0.0
+    assert load_of([]) == 0.0

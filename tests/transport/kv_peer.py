@@ -271,7 +271,6 @@ class Decoder:
             sampling=SamplingParams(max_tokens=4),
             grant=Grant(**{**granted, **grant}),
             deadline_s=deadline_s,
-            ttft_slo_s=1.0,
             tpot_slo_s=0.1,
             due_in_s=1.0,
         )

@@ -93,7 +93,6 @@ def generate(sequence_id: str = "r/0", num_tokens: int = 3) -> Generate:
         sampling=SamplingParams(max_tokens=4),
         prefill=Peer(worker_id=WorkerId("p"), epoch=Epoch(1), address="tcp://h:1", host_id="h"),
         deadline_s=9.0,
-        ttft_slo_s=1.0,
         tpot_slo_s=0.1,
         due_in_s=1.0,
     )

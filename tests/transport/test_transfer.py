@@ -42,7 +42,6 @@ def prefill(transfer_id: int, block_ids: list[int], layout: KVLayout = SMALL, **
         sampling=SamplingParams(max_tokens=1),
         grant=dataclasses.replace(granted, **grant),
         deadline_s=1.0,
-        ttft_slo_s=1.0,
         tpot_slo_s=0.1,
         due_in_s=1.0,
     )
