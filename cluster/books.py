@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from polymux.disagg.cost import Roofline
+from polymux.disagg.dispatch import Coefficients, step_s, worker_view
 from polymux.disagg.views import DecodeModelView, DecodeWorkerView, PrefillWorkerView
 from polymux.transport.messages import Peer, WorkerHello, WorkerReport
 from polymux.transport.prefix import MAX_CACHED_MARKS
 from polymux.transport.units import NO_IDS, Epoch, ModelName, PackedIds, SequenceId, unpack_ids
 
 SETTLE_S = 0.25  # a placement reaches its workers well within it
-Coefficients = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,13 +289,12 @@ class DecodeBook(WorkerBook):
         found: dict[ModelName, DecodeModelView] = {}
         for load in self.reported.loads if self.reported else ():
             if load.num_running and (work := self._work.get(load.model)) is not None:
-                base, per_seq, per_token = self.costs[load.model]
-                step_s = base + per_seq * min(load.num_running, self._max_num_seqs) + per_token * load.kv_tokens
-                tpot_slo_s = min(work.tpots)
-                found[load.model] = DecodeModelView(
-                    num_seqs=load.num_running, kv_tokens=load.kv_tokens, tpot_slo_s=tpot_slo_s, step_s=step_s
-                )
+                found[load.model] = self._model_view(load.model, load.num_running, load.kv_tokens, min(work.tpots))
         return found
+
+    def _model_view(self, model: ModelName, num_seqs: int, kv_tokens: int, tpot_slo_s: float) -> DecodeModelView:
+        seconds = step_s(self.costs[model], min(num_seqs, self._max_num_seqs), kv_tokens)
+        return DecodeModelView(num_seqs=num_seqs, kv_tokens=kv_tokens, tpot_slo_s=tpot_slo_s, step_s=seconds)
 
     def view(self) -> DecodeWorkerView:
         if self._view is None:
@@ -309,30 +308,16 @@ class DecodeBook(WorkerBook):
         return self.view().free_kv_bytes + self.reported.num_free_host_bytes
 
     def _viewed(self) -> DecodeWorkerView:
-        models: dict[ModelName, DecodeModelView] = {}
-        load, round_switch_s, min_steps = 0.0, 0.0, math.inf
-        for model, work in self._work.items():
-            base, per_seq, per_token = self.costs[model]
-            step_s = base + per_seq * min(work.num_seqs, self._max_num_seqs) + per_token * work.kv_tokens
-            tpot_slo_s = min(work.tpots)
-            models[model] = DecodeModelView(num_seqs=work.num_seqs, kv_tokens=work.kv_tokens, tpot_slo_s=tpot_slo_s, step_s=step_s)
-            load += step_s / tpot_slo_s
-            min_steps = min(min_steps, tpot_slo_s / step_s)
-            if model not in self.resident:
-                round_switch_s += self._weight_bytes[model] / self.switch_bytes_per_s
         free_bytes = self.reported.num_free_kv_bytes if self.reported else self.hello.arena_bytes
-        return DecodeWorkerView(
-            worker_id=self.hello.worker_id,
-            models=models,
+        return worker_view(
+            self.hello.worker_id,
+            {model: self._model_view(model, work.num_seqs, work.kv_tokens, min(work.tpots)) for model, work in self._work.items()},
             resident=self.resident,
             costs=self.costs,
-            load=load,
-            round_switch_s=round_switch_s,
-            min_steps=min_steps,
-            num_seqs=len(self.placed),
-            free_kv_bytes=max(0, free_bytes - self.unsettled_kv_bytes),
-            max_num_seqs=self._max_num_seqs,
+            weight_bytes=self._weight_bytes,
             switch_bytes_per_s=self.switch_bytes_per_s,
+            free_kv_bytes=free_bytes - self.unsettled_kv_bytes,
+            max_num_seqs=self._max_num_seqs,
         )
 
     def check(self) -> None:

@@ -7,10 +7,11 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from polymux.cluster.books import Coefficients, DecodeBook, PrefillBook, WorkerBook
+from polymux.cluster.books import DecodeBook, PrefillBook, WorkerBook
 from polymux.cluster.config import ClusterConfig
 from polymux.disagg.admission import max_kv_tokens
 from polymux.disagg.cost import Roofline, guess_decode, guess_prefill
+from polymux.disagg.dispatch import Coefficients
 from polymux.transport.errors import ConfigError, Overloaded
 from polymux.transport.messages import ModelSpec, Role, WorkerHello, WorkerReport
 from polymux.transport.units import Epoch, ModelName, WorkerId

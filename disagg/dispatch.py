@@ -6,12 +6,15 @@ loaded is free, and that one worker may be slower than another. Ties go to the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from polymux.disagg.multiplex import round_load
-from polymux.disagg.views import AskView, DecodeWorkerView, PrefillWorkerView
-from polymux.transport.units import WorkerId
+from polymux.disagg.views import AskView, DecodeModelView, DecodeWorkerView, PrefillWorkerView
+from polymux.transport.units import ModelName, WorkerId
+
+Coefficients = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,39 @@ def num_cached_tokens(ask: AskView, worker: PrefillWorkerView) -> int:
     return min(num_blocks, (ask.num_prompt_tokens - 1) // ask.block_size) * ask.block_size
 
 
+def worker_view(
+    worker_id: WorkerId,
+    models: Mapping[ModelName, DecodeModelView],
+    *,
+    resident: frozenset[ModelName],
+    costs: Mapping[ModelName, Coefficients],
+    weight_bytes: Mapping[ModelName, int],
+    switch_bytes_per_s: float,
+    free_kv_bytes: int,
+    max_num_seqs: int,
+) -> DecodeWorkerView:
+    """A decode worker by the work that it has; the sums over its models are taken here."""
+    return DecodeWorkerView(
+        worker_id=worker_id,
+        models=models,
+        resident=resident,
+        costs=costs,
+        load=sum(one.step_s / one.tpot_slo_s for one in models.values()),
+        round_switch_s=sum(weight_bytes[model] / switch_bytes_per_s for model in models if model not in resident),
+        min_steps=min((one.tpot_slo_s / one.step_s for one in models.values()), default=math.inf),
+        num_seqs=sum(one.num_seqs for one in models.values()),
+        free_kv_bytes=max(0, free_kv_bytes),
+        max_num_seqs=max_num_seqs,
+        switch_bytes_per_s=switch_bytes_per_s,
+    )
+
+
+def step_s(costs: Coefficients, num_seqs: int, kv_tokens: int) -> float:
+    """Of one decode step over so many sequences."""
+    base, per_seq, per_token = costs
+    return base + per_seq * num_seqs + per_token * kv_tokens
+
+
 def choose_decode(ask: AskView, workers: Iterable[DecodeWorkerView], *, max_quota_s: float = 4.0) -> DecodeChoice | None:
     """Where the sequence costs the pool least, in shares of a worker's time, and is on time itself.
 
@@ -96,17 +132,16 @@ def _placed(ask: AskView, worker: DecodeWorkerView, max_quota_s: float) -> tuple
     if here is not None:
         num_here, kv_tokens, tpot_slo_s = here.num_seqs, here.kv_tokens, min(here.tpot_slo_s, ask.tpot_slo_s)
         old_load = here.step_s / here.tpot_slo_s
-    base, per_seq, per_token = worker.costs[ask.model]
     num_tokens = ask.num_prompt_tokens + ask.num_output_tokens
-    step_s = base + per_seq * min(num_here + 1, worker.max_num_seqs) + per_token * (kv_tokens + num_tokens)
+    new_step_s = step_s(worker.costs[ask.model], min(num_here + 1, worker.max_num_seqs), kv_tokens + num_tokens)
     switch_s = 0.0 if ask.model in worker.resident else ask.weight_bytes / worker.switch_bytes_per_s
     num_models, round_switch_s, min_steps = len(worker.models), worker.round_switch_s, worker.min_steps
     load_before = round_load(worker.load, num_models=num_models, switch_s=round_switch_s, min_steps=min_steps, max_quota_s=max_quota_s)
     load = round_load(
-        worker.load - old_load + step_s / tpot_slo_s,
+        worker.load - old_load + new_step_s / tpot_slo_s,
         num_models=num_models + (here is None),
         switch_s=round_switch_s + (switch_s if here is None else 0.0),
-        min_steps=min(min_steps, tpot_slo_s / step_s),
+        min_steps=min(min_steps, tpot_slo_s / new_step_s),
         max_quota_s=max_quota_s,
     )
     tpot_s = tpot_slo_s * load

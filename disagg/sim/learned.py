@@ -7,25 +7,23 @@ from dataclasses import dataclass
 
 from polymux.disagg.cost import Fit, decode_features, prefill_features, switch_features
 from polymux.disagg.sim.costs import SECOND
+from polymux.disagg.sim.sized import SizedCosts, SizedKind
 from polymux.transport.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LearnedKind:
+class LearnedKind(SizedKind):
     """`digest` is of its weights, as the saved fits are keyed."""
 
     digest: str
-    num_weight_bytes: int
-    num_kv_bytes: int  # of a token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LearnedCosts:
+class LearnedCosts(SizedCosts):
     """Of one kind of device. `fits` are the saved ones by key; build with `learned_costs`, which says what is missing."""
 
     kinds: Mapping[str, LearnedKind]
     fits: Mapping[str, Fit]
-    memory_bytes: int
     switch_overhead_us: int = 1_000  # where the weights are there
 
     def prefill_us(self, kind: str, lengths: Sequence[int]) -> int:
@@ -37,23 +35,8 @@ class LearnedCosts:
     def load_us(self, kind: str) -> int:
         return self._us("switch", switch_features(self.weight_bytes(kind)))
 
-    def prefetched_us(self, kind: str, computed_us: int) -> int:
-        return max(self.switch_overhead_us, self.load_us(kind) - computed_us)
-
     def kv_in_us(self, kind: str, kv_tokens: int) -> int:
         return self._us("swap" if "swap" in self.fits else "switch", switch_features(kv_tokens * self.kv_bytes(kind)))
-
-    def weight_bytes(self, kind: str) -> int:
-        return self.kinds[kind].num_weight_bytes
-
-    def kv_bytes(self, kind: str) -> int:
-        return self.kinds[kind].num_kv_bytes
-
-    def arena_bytes(self) -> int:
-        return self.memory_bytes
-
-    def max_kv_tokens(self, kind: str) -> int:
-        return (self.memory_bytes - self.weight_bytes(kind)) // self.kv_bytes(kind)
 
     def _us(self, key: str, features: Sequence[float]) -> int:
         return max(1, round(self.fits[key].predict(features) * SECOND))

@@ -6,27 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from polymux.disagg.sim.costs import SECOND, Three
+from polymux.disagg.sim.sized import SizedCosts, SizedKind
 
 GIB = 1 << 30
 KIB = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PhysicalKind:
+class PhysicalKind(SizedKind):
     """Fitted seconds, as `disagg.cost` fits them: prefill 1, tokens, tokens^2; decode step 1, sequences, kv tokens. None is negative."""
 
     prefill: Three
     decode: Three
-    num_weight_bytes: int
-    num_kv_bytes: int  # of a token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PhysicalCosts:
+class PhysicalCosts(SizedCosts):
     """One kind of device and the models on it."""
 
     kinds: Mapping[str, PhysicalKind]
-    memory_bytes: int
     link_bytes_per_s: float  # host memory to device, one way
     switch_overhead_us: int = 2_000  # rebinding, the first launch
 
@@ -39,23 +37,8 @@ class PhysicalCosts:
     def load_us(self, kind: str) -> int:
         return self.switch_overhead_us + round(self.weight_bytes(kind) / self.link_bytes_per_s * SECOND)
 
-    def prefetched_us(self, kind: str, computed_us: int) -> int:
-        return max(self.switch_overhead_us, self.load_us(kind) - computed_us)
-
     def kv_in_us(self, kind: str, kv_tokens: int) -> int:
         return round(kv_tokens * self.kv_bytes(kind) / self.link_bytes_per_s * SECOND)
-
-    def weight_bytes(self, kind: str) -> int:
-        return self.kinds[kind].num_weight_bytes
-
-    def kv_bytes(self, kind: str) -> int:
-        return self.kinds[kind].num_kv_bytes
-
-    def arena_bytes(self) -> int:
-        return self.memory_bytes
-
-    def max_kv_tokens(self, kind: str) -> int:
-        return (self.memory_bytes - self.weight_bytes(kind)) // self.kv_bytes(kind)
 
 
 def _us(coefficients: Three, first: float, second: float) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from polymux.disagg.dispatch import choose_decode
+from polymux.disagg.dispatch import Coefficients, choose_decode, worker_view
 from polymux.disagg.multiplex import Turn, TurnPolicy, is_over
 from polymux.disagg.sim.costs import SECOND, CostModel
 from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
@@ -93,7 +93,8 @@ class TokenLevel(Simulation[SimWorker]):
         links = [Link() for _ in range(0, num_workers, devices_per_link)]
         weights = [self._switcher(links[i // devices_per_link]) for i in range(num_workers)]
         self._workers = [SimWorker(i, WorkerId(f"worker-{i:04d}"), policy.start(), weights[i]) for i in range(num_workers)]
-        self._decode_costs: dict[ModelName, tuple[float, float, float]] = {}
+        self._decode_costs: dict[ModelName, Coefficients] = {}
+        self._weight_bytes: dict[ModelName, int] = {}
         self._switch_bytes_per_s = 1.0
         self._output_len = EXPECTED_OUTPUT_LEN
         self.num_switches = self.num_decisions = self.num_steps = 0
@@ -108,7 +109,7 @@ class TokenLevel(Simulation[SimWorker]):
         kinds = {request.model: request.kind for request in requests}
         for name, kind in kinds.items():
             model = ModelName(name)
-            self._kinds[model] = kind
+            self._kinds[model], self._weight_bytes[model] = kind, self._costs.weight_bytes(kind)
             base = self._costs.decode_us(kind, 1, 0)
             per_seq = (self._costs.decode_us(kind, 65, 0) - base) / 64
             per_token = (self._costs.decode_us(kind, 1, 100_000) - base) / 100_000
@@ -158,30 +159,22 @@ class TokenLevel(Simulation[SimWorker]):
 
     def _viewed(self, worker: SimWorker) -> DecodeWorkerView:
         models: dict[ModelName, DecodeModelView] = {}
-        resident = worker.weights.resident
-        load, switch_s, min_steps, kv_bytes = 0.0, 0.0, math.inf, 0
+        kv_bytes = 0
         for model, work in worker.work.items():
             num_seqs = len(work.running) + len(work.prompts)
             kv_tokens = work.kv_tokens + sum(one.request.input_len for one in work.prompts)
+            kv_bytes += kv_tokens * self._costs.kv_bytes(work.kind)
             step_s = self._costs.decode_us(work.kind, num_seqs, kv_tokens) / SECOND
             models[model] = DecodeModelView(num_seqs=num_seqs, kv_tokens=kv_tokens, tpot_slo_s=self._tpot_s, step_s=step_s)
-            load += step_s / self._tpot_s
-            min_steps = min(min_steps, self._tpot_s / step_s)
-            kv_bytes += kv_tokens * self._costs.kv_bytes(work.kind)
-            if model not in resident:
-                switch_s += self._costs.load_us(work.kind) / SECOND
-        return DecodeWorkerView(
-            worker_id=worker.worker_id,
-            models=models,
-            resident=resident,
+        return worker_view(
+            worker.worker_id,
+            models,
+            resident=worker.weights.resident,
             costs=self._decode_costs,
-            load=load,
-            round_switch_s=switch_s,
-            min_steps=min_steps,
-            num_seqs=sum(view.num_seqs for view in models.values()),
-            free_kv_bytes=max(0, self._costs.arena_bytes() * 8 // 10 - kv_bytes),
-            max_num_seqs=self._max_num_seqs,
+            weight_bytes=self._weight_bytes,
             switch_bytes_per_s=self._switch_bytes_per_s,
+            free_kv_bytes=self._costs.arena_bytes() * 8 // 10 - kv_bytes,
+            max_num_seqs=self._max_num_seqs,
         )
 
     # -- turns --------------------------------------------------------------------------------------------------------
