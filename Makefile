@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo serve test check lint types browser bench clean
+.PHONY: setup demo serve test check lint types browser bench gpu-check clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ bench: setup  ## every benchmark, results into docs/results/
 	$(BIN)/python bench/stack.py --out docs/results/stack.md
 	$(BIN)/python bench/switch.py --out docs/results/switch.md
 	$(BIN)/python bench/multiplex.py --out docs/results/multiplex.md
+
+gpu-check:  ## GPU tests and benchmarks in under 8 minutes, into docs/results/; without a GPU, what is owed. Installs nothing
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py --out docs/results
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

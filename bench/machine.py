@@ -8,7 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("torch", "ray", "transformers", "starlette", "uvicorn", "numpy")
+PACKAGES = ("torch", "triton", "ray", "transformers", "starlette", "uvicorn", "numpy")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
