@@ -95,7 +95,7 @@ class BlockPool:
         layout, source = self.layout, self._source
         num_blocks = source.nbytes // layout.block_bytes
         flat = source.memory[: num_blocks * layout.block_bytes].view(TORCH_DTYPES[layout.dtype])
-        return flat.view(num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        return flat.view(num_blocks, layout.num_layers, 2, layout.rank_kv_heads, layout.block_size, layout.head_dim)
 
     @property
     def slabs(self) -> list[int]:

@@ -233,7 +233,8 @@ class KVEdge:
     def _checksum(self, transfer: SinkTransfer, move: Move) -> int:
         grid, crc = self.target(transfer), 0
         for block_id in transfer.block_ids[move.first_block : move.first_block + move.num_checked_blocks]:
-            crc = zlib.crc32(grid.view(block_id, move.layer_lo, move.layer_hi), crc)
+            for view in grid.views(block_id, move.layer_lo, move.layer_hi):
+                crc = zlib.crc32(view, crc)
         return crc
 
     def _receive(self, payload: bytes) -> None:

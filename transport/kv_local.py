@@ -22,13 +22,13 @@ _lock = threading.Lock()
 class LocalEdge:
     """The prefill side's end, for a decode side that finds it in its own process."""
 
-    region: memoryview
+    ranks: tuple[memoryview, ...]  # the memory of each
     fence: threading.Event = field(default_factory=threading.Event)
 
 
-def expose(secret: bytes, region: memoryview) -> LocalEdge:
+def expose(secret: bytes, ranks: tuple[memoryview, ...]) -> LocalEdge:
     with _lock:
-        return _edges.setdefault(secret, LocalEdge(region))
+        return _edges.setdefault(secret, LocalEdge(ranks))
 
 
 def withdraw(secret: bytes) -> None:
@@ -45,4 +45,4 @@ def open_local(terms: EdgeTerms, reactor: Reactor, landing: Landing) -> PullRece
         edge = _edges.get(terms.secret)
     if edge is None:
         raise PeerLost("another process")
-    return PullReceiver("local", reactor.loop, landing, edge.region, edge.fence.is_set, lambda: None)
+    return PullReceiver("local", reactor.loop, landing, edge.ranks, edge.fence.is_set, lambda: None)

@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from polymux.transport.errors import PolymuxError
+from polymux.transport.head_slices import plan_heads
 from polymux.transport.kv_backend import Landing
 from polymux.transport.protocol import Commit, Move
 from polymux.transport.region import BlockGrid, Grids, drop_pages
@@ -29,6 +30,9 @@ def copy_blocks(source: BlockGrid, target: BlockGrid, src_ids: Sequence[int], ds
 
     Sorted by source block, since a prefill worker's neighbours were mostly allocated together. Nothing is allocated but the index arrays.
     """
+    if source.layout.num_ranks > 1 or target.layout.num_ranks > 1:
+        yield from _copy_heads(source, target, src_ids, dst_ids, layers)
+        return
     src, dst = np.asarray(src_ids), np.asarray(dst_ids)
     if source.address == target.address:  # one region: a block that is already in place is handed over as it is
         is_elsewhere = src != dst
@@ -53,8 +57,26 @@ def copy_blocks(source: BlockGrid, target: BlockGrid, src_ids: Sequence[int], ds
                 yield
 
 
+def _copy_heads(source: BlockGrid, target: BlockGrid, src_ids: Sequence[int], dst_ids: Sequence[int], layers: range) -> Iterator[None]:
+    """As `copy_blocks`, between ranks: block by block, each rank's heads from whoever holds them."""
+    lo, hi = layers.start, layers.stop
+    parts = []
+    for part in plan_heads(source.layout, target.layout):
+        here, there = part.source_head, part.target_head
+        heads = source.ranks[part.source_rank].heads[:, lo:hi, :, here : here + part.num_heads]
+        parts.append((target.ranks[part.target_rank].heads[:, lo:hi, :, there : there + part.num_heads], heads))
+    per_slice = max(_SLICE_BYTES // (len(layers) * target.layout.num_ranks * target.layout.layer_bytes), 1)
+    for number, (src, dst) in enumerate(zip(src_ids, dst_ids, strict=True), 1):
+        for to, heads in parts:
+            to[dst] = heads[src]
+        if number % per_slice == 0:
+            yield
+
+
 class PullReceiver:
-    """The decode side. `is_fenced` and `release` are the backend's: how the source's fence is seen, and how its memory is let go.
+    """The decode side. `source`: the memory of each of the peer's ranks.
+
+    `is_fenced` and `release` are the backend's: how the source's fence is seen, and how its memory is let go.
 
     `max_mapped_bytes` bounds how much of a mapped peer's memory counts as this process's own.
     """
@@ -64,7 +86,7 @@ class PullReceiver:
         name: str,
         loop: asyncio.AbstractEventLoop,
         landing: Landing,
-        source: memoryview,
+        source: Sequence[memoryview],
         is_fenced: Callable[[], bool],
         release: Callable[[], None],
         max_mapped_bytes: int | None = None,
@@ -73,11 +95,11 @@ class PullReceiver:
         self.is_fenced = is_fenced
         self._loop = loop
         self._landing = landing
-        self._grids = Grids(source)
+        self._grids = Grids(source[0], source[1:])
         self._release = release
         self._queue: deque[Move | Commit] = deque()
         self._copy: tuple[SinkTransfer, Move, Iterator[None]] | None = None
-        self._source = source
+        self._source = tuple(source)
         self._max_mapped_bytes = max_mapped_bytes
         self._num_mapped_bytes = 0  # at most, since pages were last dropped
         self._is_running = False
@@ -100,7 +122,7 @@ class PullReceiver:
             self._queue.clear()
             self._copy = None
             self._grids.close()
-            self._source = memoryview(b"")
+            self._source = ()
             self._release()
 
     def _run(self) -> None:
@@ -123,7 +145,7 @@ class PullReceiver:
         transfer = self._landing.admit(item)
         if transfer is None:
             return
-        source = self._grids.of(transfer.layout)
+        source = self._grids.of_model(transfer.layout)
         src_ids = unpack_ids(item.src_block_ids)
         source.check(src_ids)
         dst_ids = transfer.block_ids[item.first_block : item.first_block + len(src_ids)]
@@ -141,7 +163,8 @@ class PullReceiver:
         self._num_mapped_bytes += move.num_bytes
         if self._max_mapped_bytes is not None and self._num_mapped_bytes > self._max_mapped_bytes:
             self._num_mapped_bytes = 0
-            drop_pages(self._source)
+            for memory in self._source:
+                drop_pages(memory)
         return False
 
 

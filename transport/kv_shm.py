@@ -1,4 +1,5 @@
-"""Backend `shm`: two processes of one host. The prefill worker hands its region's descriptor over, and the decode worker maps it read-only.
+"""Backend `shm`: two processes of one host. The prefill worker hands its region's descriptor over, and the decode worker maps it read-only;
+of an instance the regions of all ranks.
 
 The unix connection that carried the descriptor stays open and is the fence: closing it is seen at once on the other side, by the
 kernel's own books, even where one of the two was frozen in between.
@@ -11,9 +12,10 @@ import os
 import socket
 
 from polymux.transport.descriptors import receive_fd
-from polymux.transport.errors import PeerLost, TransferTimeout
+from polymux.transport.errors import PeerLost, TransferTimeout, WireError
 from polymux.transport.frames import drive_async
 from polymux.transport.handshake import Introduction, dial
+from polymux.transport.head_slices import MAX_RANKS
 from polymux.transport.kv_backend import Landing
 from polymux.transport.kv_pull import PullReceiver
 from polymux.transport.protocol import EdgeTerms
@@ -30,6 +32,8 @@ async def open_shm(
     """Raises PeerLost, TransferTimeout, AuthenticationFailed, WireError or ConfigError when the region cannot be had."""
     if not terms.unix_name:
         raise PeerLost("the source's region is plain memory")
+    if not 0 < terms.num_ranks <= MAX_RANKS:
+        raise WireError(f"the source says that it has {terms.num_ranks} ranks; an instance has at most {MAX_RANKS}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -38,11 +42,13 @@ async def open_shm(
         except OSError as error:
             raise PeerLost(f"its unix socket cannot be reached: {error}") from error
         await drive_async(dial(intro, token), sock, deadline_s)
-        fd = await _receive_fd(sock, deadline_s)
-        try:
-            source = map_read_only(fd, terms.region_bytes)
-        finally:
-            os.close(fd)
+        source: list[memoryview] = []
+        for _ in range(terms.num_ranks):
+            fd = await _receive_fd(sock, deadline_s)
+            try:
+                source.append(map_read_only(fd, terms.region_bytes))
+            finally:
+                os.close(fd)
     except BaseException:
         sock.close()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from socket import socket
 
@@ -31,12 +31,16 @@ log = logging.getLogger(__name__)
 
 
 class KVSink:
-    """All edges of one decode worker. `identity` carries its epoch; `token` is the cluster's shared secret."""
+    """All edges of one decode worker. `identity` carries its epoch; `token` is the cluster's shared secret.
+
+    `followers`: the regions of an instance's other ranks, mapped here; granted blocks are those of that id in every one of them.
+    """
 
     def __init__(
         self,
         *,
         region: Region,
+        followers: Sequence[Region] = (),
         identity: Peer,
         token: str,
         on_event: Callable[[KVEvent], None],
@@ -51,7 +55,8 @@ class KVSink:
         self._reactor = reactor or Reactor(f"polymux-{identity.worker_id}-kv")
         self._owns_reactor = reactor is None
         ledger = SinkLedger(region.nbytes, identity.epoch, max_transfers=self._settings.max_transfers, max_bytes=self._settings.max_bytes)
-        self._context = SinkContext(identity, self._settings, self._reactor, ledger, Grids(region.buffer), self._emit, faults)
+        grids = Grids(region.buffer, [follower.buffer for follower in followers])
+        self._context = SinkContext(identity, self._settings, self._reactor, ledger, grids, self._emit, faults)
         self._edges: dict[WorkerId, KVEdge] = {}
         self._tasks: dict[KVEdge, asyncio.Task[None]] = {}
         self._history = EdgeHistory()

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 class KVSource:
     """Answers decode workers through the worker's `server`. Methods may be called from any thread and return at once.
 
+    `followers`: the regions of an instance's other ranks, mapped here.
+
     `on_order(ref, prefill)`: a new order; `accept` it before the first push. A PolymuxError that it raises refuses the order, which then
     gets no `on_released`. `on_cancel(ref, reason)`: the other side has ended it (or the edge is lost): stop computing.
     `on_released(ref)`: always last and exactly once: the transport reads the source blocks no more.
@@ -40,6 +42,7 @@ class KVSource:
         *,
         server: WorkerServer,
         region: Region,
+        followers: Sequence[Region] = (),
         host_id: str,
         on_order: Callable[[OrderRef, Prefill], None],
         on_cancel: Callable[[OrderRef, str], None],
@@ -49,10 +52,13 @@ class KVSource:
     ) -> None:
         self._server = server
         self._region = region
+        self._regions = (region, *followers)
         self._host_id = host_id
         self._settings = settings or KVSettings()
+        buffers = tuple(one.buffer for one in self._regions)
+        grids = Grids(buffers[0], buffers[1:])
         self._context = SourceContext(
-            server.worker_id, self._settings, server.reactor, Grids(region.buffer), region.buffer, on_order, on_cancel, on_released, faults
+            server.worker_id, self._settings, server.reactor, grids, buffers, on_order, on_cancel, on_released, faults
         )
         self._lock = self._context.lock
         self._edges: dict[int, SourceEdge] = {}
@@ -171,7 +177,7 @@ class KVSource:
         for edge in list(self._edges.values()):
             edge.shut(PeerLost("the prefill worker stops"))
         self._context.grids.close()
-        self._context.region = memoryview(b"")
+        self._context.buffers = ()
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -221,15 +227,16 @@ class KVSource:
             region_bytes=self._region.nbytes,
             backends=backends,
             unix_name=self._unix_name,
+            num_ranks=len(self._regions),
         )
 
     def _hand_over(self, sock: socket) -> None:
-
-        fd = self._region.read_only_fd()
-        try:
-            send_fd(sock, fd)
-        finally:
-            os.close(fd)
+        for region in self._regions:
+            fd = region.read_only_fd()
+            try:
+                send_fd(sock, fd)
+            finally:
+                os.close(fd)
 
     def _forget(self, edge: SourceEdge) -> None:
         log.info("kv.edge_lost peer=%s backend=%s why=%s", edge.sink.worker_id, edge.backend, edge.lost)

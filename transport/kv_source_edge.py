@@ -56,7 +56,7 @@ class SourceContext:
     settings: KVSettings
     reactor: Reactor
     grids: Grids
-    region: memoryview
+    buffers: tuple[memoryview, ...]  # of each rank
     on_order: Callable[[OrderRef, Prefill], None]
     on_cancel: Callable[[OrderRef, str], None]
     on_released: Callable[[OrderRef], None]
@@ -148,7 +148,7 @@ class SourceEdge:
         return (self._tcp if kind is PeerKind.KV_DATA else self._fence) is not None
 
     def begin(self, terms: EdgeTerms) -> None:
-        expose(self.secret, self._context.region)
+        expose(self.secret, self._context.buffers)
         self._channel.send(encode(terms))
         self._channel.start()
 
@@ -323,7 +323,7 @@ class SourceEdge:
         """As moves that are not too large."""
         assert push.order.layout is not None and self._sender is not None
         layout, ids = push.order.layout, push.src_block_ids
-        row_bytes = (push.layer_hi - push.layer_lo) * layout.layer_bytes
+        row_bytes = (push.layer_hi - push.layer_lo) * layout.moved_layer_bytes
         per_move = max(MAX_BULK_BYTES // row_bytes, 1)
         grid = self._context.grids.of(layout)
         for start in range(0, len(ids), per_move):
@@ -351,11 +351,12 @@ class SourceEdge:
         self._num_moves += 1
         if not every or (self._num_moves - 1) % every:
             return 0, 0
-        row_bytes = (layer_hi - layer_lo) * grid.layout.layer_bytes
+        row_bytes = (layer_hi - layer_lo) * grid.layout.moved_layer_bytes
         num_checked = len(block_ids) if every == 1 else min(len(block_ids), max(_SAMPLE_BYTES // row_bytes, 1))
         crc = 0
         for block_id in block_ids[:num_checked]:
-            crc = zlib.crc32(grid.view(block_id, layer_lo, layer_hi), crc)
+            for view in grid.views(block_id, layer_lo, layer_hi):
+                crc = zlib.crc32(view, crc)
         return num_checked, crc
 
     def _say(self, message: Failed | Released | Ping | Pong) -> None:

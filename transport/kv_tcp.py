@@ -11,7 +11,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from socket import socket
 
 from polymux.transport.errors import GrantViolation, PeerLost, PolymuxError, WireError
@@ -151,7 +151,8 @@ class TcpSender:
         self._next_seq += 1
         grid, lo, hi = item.source, message.layer_lo, message.layer_hi
         self._sending = message.transfer_id
-        self._parts = Parts([memoryview(self._head), *(grid.view(block_id, lo, hi) for block_id in unpack_ids(message.src_block_ids))])
+        bytes_of_blocks = (grid.views(block_id, lo, hi) for block_id in unpack_ids(message.src_block_ids))
+        self._parts = Parts([memoryview(self._head), *chain.from_iterable(bytes_of_blocks)])
         return True
 
 
@@ -215,6 +216,7 @@ class TcpReceiver:
             move, transfer, self._move, self._transfer = self._move, self._transfer, None, None
             self._await_length()
             if transfer is not None:
+                self._landing.target(transfer).spread(_blocks_of(transfer, move), move.layer_lo, move.layer_hi)
                 self._landing.landed(transfer, move)
         elif self._head is not None:
             message, self._head = decode(self._head), None
@@ -246,5 +248,10 @@ class TcpReceiver:
             self._parts = Parts(over(self._scratch, move.num_bytes))
             return
         grid = self._landing.target(self._transfer)
-        block_ids = self._transfer.block_ids[move.first_block : move.first_block + len(move.src_block_ids) // 4]
-        self._parts = Parts(grid.view(block_id, move.layer_lo, move.layer_hi) for block_id in block_ids)
+        bytes_of_blocks = (grid.views(block_id, move.layer_lo, move.layer_hi) for block_id in _blocks_of(self._transfer, move))
+        self._parts = Parts(chain.from_iterable(bytes_of_blocks))
+
+
+def _blocks_of(transfer: SinkTransfer, move: Move) -> list[int]:
+    """The granted blocks that a move fills."""
+    return transfer.block_ids[move.first_block : move.first_block + len(move.src_block_ids) // 4]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import hashlib
 from dataclasses import dataclass
-from math import prod
 
 from polymux.transport.units import BLOCK_SIZE, NO_IDS, ClientId, Epoch, ModelName, PackedIds, SequenceId, TransferId, WorkerId
 
@@ -28,18 +27,37 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """The shape of one KV block, `[layer, k|v, kv_head, slot, head_dim]`, contiguous; the same on device, on host and on the wire."""
+    """The shape of one KV block, `[layer, k|v, kv_head, slot, head_dim]`, contiguous; the same on device, on host and on the wire.
+
+    Of an instance of several ranks each holds its own heads of every block, under the same block ids; `head_slices.py` says which.
+    """
 
     num_layers: int
-    num_kv_heads: int
+    num_kv_heads: int  # of the model
     head_dim: int
     dtype: str
     block_size: int = BLOCK_SIZE
+    num_ranks: int = 1
+
+    @property
+    def rank_kv_heads(self) -> int:
+        """KV heads that one rank holds: its share, or one that several ranks have."""
+        return max(self.num_kv_heads // self.num_ranks, 1)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head's K, or V, in one layer of one block."""
+        return self.block_size * self.head_dim * ITEM_BYTES[self.dtype]
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of one layer of one block, K and V: one contiguous range."""
-        return 2 * prod((self.num_kv_heads, self.block_size, self.head_dim)) * ITEM_BYTES[self.dtype]
+        """Bytes of one layer of one block on one rank, K and V: one contiguous range."""
+        return 2 * self.rank_kv_heads * self.head_bytes
+
+    @property
+    def moved_layer_bytes(self) -> int:
+        """Bytes of one layer of one block as they travel: every head of the model once, whatever the ranks on either side."""
+        return 2 * self.num_kv_heads * self.head_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -47,7 +65,7 @@ class KVLayout:
 
     @property
     def layout_hash(self) -> str:
-        """Equal on both sides of a transfer, or the transfer is refused."""
+        """Equal on both sides of a transfer, or the transfer is refused. How many ranks share the heads is each side's own business."""
         text = f"v1 lkhsd {self.num_layers} 2 {self.num_kv_heads} {self.block_size} {self.head_dim} {self.dtype}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from polymux.transport.messages import ErrorReport, Peer, Prefilled
 from polymux.transport.units import Epoch, PackedIds, SequenceId, TransferId, WorkerId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 PREAMBLE = b"PLYMUX" + PROTOCOL_VERSION.to_bytes(2, "little")
 
 
@@ -85,9 +85,10 @@ class EdgeTerms:
     edge: int
     secret: bytes  # names this edge on its second connection
     source: Peer
-    region_bytes: int
+    region_bytes: int  # of each rank
     backends: tuple[str, ...]
     unix_name: str
+    num_ranks: int = 1  # of the source: how many regions are handed over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

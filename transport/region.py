@@ -3,6 +3,9 @@
 The region is anonymous shared memory (a memfd), so that a worker on the same host can be handed the descriptor and read the
 blocks in place. Block `i` of a layout is `[i * block_bytes, (i + 1) * block_bytes)`, and one layer of it is one contiguous range in
 there. Every layout has its own grid over the whole region; which of them a byte serves at a moment is the arena's business.
+
+An instance of several ranks has a region for each, and the ranks' blocks of one id are one block: its grid is the first rank's, with the
+others' behind it (`BlockGrid.ranks`).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polymux.transport.errors import ConfigError, GrantViolation
+from polymux.transport.head_slices import first_holders, sharded
 from polymux.transport.messages import KVLayout
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a peer that maps it can never meet SIGBUS
@@ -89,16 +93,23 @@ def this_host() -> str:
 
 
 class BlockGrid:
-    """The blocks of one layout over a buffer: `array[block, layer]` is one contiguous row of the widest integers that fit."""
+    """The blocks of one layout over a buffer: `array[block, layer]` is one contiguous row of the widest integers that fit.
 
-    def __init__(self, buffer: memoryview, layout: KVLayout) -> None:
+    `others`: the buffers of an instance's other ranks, as large as the first.
+    """
+
+    def __init__(self, buffer: memoryview, layout: KVLayout, others: Sequence[memoryview] = ()) -> None:
+        if others and len(others) + 1 != layout.num_ranks:
+            raise ConfigError(f"{len(others) + 1} ranks' memories cannot hold KV blocks of {layout.num_ranks} ranks")
         self.layout = layout
+        self.ranks: tuple[BlockGrid, ...] = (self, *(BlockGrid(other, layout) for other in others))
         self.num_blocks = buffer.nbytes // layout.block_bytes
         self.buffer = buffer[: self.num_blocks * layout.block_bytes]
         item = next(n for n in (8, 4, 2, 1) if layout.layer_bytes % n == 0)
         flat: NDArray[Any] = np.frombuffer(self.buffer, dtype=f"u{item}")
         self.address = flat.ctypes.data
         self.array = flat.reshape(self.num_blocks, layout.num_layers, layout.layer_bytes // item)
+        self.heads = flat.reshape(self.num_blocks, layout.num_layers, 2, layout.rank_kv_heads, layout.head_bytes // item)
 
     def check(self, block_ids: Sequence[int]) -> None:
         """Raise GrantViolation unless every id is a block of this grid."""
@@ -107,25 +118,53 @@ class BlockGrid:
                 raise GrantViolation(f"block {block_id} is outside the {self.num_blocks} blocks of {self.layout.block_bytes} bytes here")
 
     def view(self, block_id: int, layer_lo: int, layer_hi: int) -> memoryview:
-        """The bytes of layers [layer_lo, layer_hi) of one block."""
+        """The bytes of layers [layer_lo, layer_hi) of one block, on this rank."""
         start = block_id * self.layout.block_bytes
         return self.buffer[start + layer_lo * self.layout.layer_bytes : start + layer_hi * self.layout.layer_bytes]
 
+    def views(self, block_id: int, layer_lo: int, layer_hi: int) -> Iterator[memoryview]:
+        """The same of all ranks, each head of the model once and in its order, as it travels: layer by layer, K then V."""
+        if len(self.ranks) == 1:
+            yield self.view(block_id, layer_lo, layer_hi)
+            return
+        layout = self.layout
+        side_bytes = layout.rank_kv_heads * layout.head_bytes
+        holders = [self.ranks[rank] for rank in first_holders(layout)]
+        start = block_id * layout.block_bytes + layer_lo * layout.layer_bytes
+        for side in range(2 * (layer_hi - layer_lo)):
+            begin = start + side * side_bytes
+            for holder in holders:
+                yield holder.buffer[begin : begin + side_bytes]
+
+    def spread(self, block_ids: Sequence[int], layer_lo: int, layer_hi: int) -> None:
+        """What came through `views` goes to the ranks that hold the same heads."""
+        holders = first_holders(self.layout)
+        for rank, grid in enumerate(self.ranks):
+            if rank not in holders:
+                first = self.ranks[max(holder for holder in holders if holder < rank)]
+                for block_id in block_ids:
+                    grid.array[block_id, layer_lo:layer_hi] = first.array[block_id, layer_lo:layer_hi]
+
 
 class Grids:
-    """The grids over one buffer, made once per layout."""
+    """The grids over one buffer, or over those of an instance's ranks, made once per layout."""
 
-    def __init__(self, buffer: memoryview) -> None:
+    def __init__(self, buffer: memoryview, others: Sequence[memoryview] = ()) -> None:
         self._buffer = buffer
+        self._others = tuple(others)
         self._grids: dict[KVLayout, BlockGrid] = {}
 
     def of(self, layout: KVLayout) -> BlockGrid:
         grid = self._grids.get(layout)
         if grid is None:
-            grid = self._grids[layout] = BlockGrid(self._buffer, layout)
+            grid = self._grids[layout] = BlockGrid(self._buffer, layout, self._others)
         return grid
+
+    def of_model(self, layout: KVLayout) -> BlockGrid:
+        """The grid of the same model's blocks as they lie here, whatever the ranks that `layout` is for."""
+        return self.of(sharded(layout, 1 + len(self._others)))
 
     def close(self) -> None:
         """Let go of the memory."""
         self._grids.clear()
-        self._buffer = memoryview(b"")
+        self._buffer, self._others = memoryview(b""), ()

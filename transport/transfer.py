@@ -291,7 +291,7 @@ class SinkLedger:
 def _check_move(transfer: SinkTransfer, move: Move) -> None:
     count, layers = len(move.src_block_ids) // 4, move.layer_hi - move.layer_lo
     transfer.coverage.check(move.layer_lo, move.layer_hi, move.first_block, count)
-    num_bytes = count * layers * transfer.layout.layer_bytes
+    num_bytes = count * layers * transfer.layout.moved_layer_bytes
     if move.num_bytes != num_bytes or not 0 <= move.num_checked_blocks <= count:
         raise GrantViolation(f"a move of {move.num_bytes} bytes for {count} blocks of {layers} layers, which are {num_bytes}")
 

@@ -108,7 +108,7 @@ def wire() -> Iterator[tuple[socket.socket, socket.socket]]:
 async def test_a_pull_that_is_abandoned_half_way_writes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_pull, "_SLICE_BYTES", LAYOUT.block_bytes)
     landing, source = Landing(), grid(7)
-    receiver = PullReceiver("shm", asyncio.get_running_loop(), landing, source.buffer, lambda: False, lambda: None)
+    receiver = PullReceiver("shm", asyncio.get_running_loop(), landing, [source.buffer], lambda: False, lambda: None)
     receiver.take(move(1, 32))
     receiver.take(commit(2))
     await until(lambda: (landing.grid.array != 0).any())
@@ -126,7 +126,7 @@ async def test_a_mapped_peer_counts_as_ours_only_up_to_a_bound(monkeypatch: pyte
     monkeypatch.setattr(kv_pull, "drop_pages", dropped.append)
     landing, source = Landing(), grid(7)
     bound = 3 * LAYOUT.block_bytes
-    receiver = PullReceiver("shm", asyncio.get_running_loop(), landing, source.buffer, lambda: False, lambda: None, bound)
+    receiver = PullReceiver("shm", asyncio.get_running_loop(), landing, [source.buffer], lambda: False, lambda: None, bound)
     for _ in range(8):
         receiver.take(move(1, 2))
     await until(lambda: len(landing.done) == 8)
