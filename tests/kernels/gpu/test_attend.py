@@ -1,0 +1,198 @@
+"""Paged attention of a step against its reference: mixed batches, windows, ratios, head sizes, split keys, padding and stale memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from polymux.actors.model_runner import SequenceSlice
+from polymux.kernels import reference
+from polymux.kernels.gpu.attend import attend
+from polymux.kernels.gpu.plan import StepPlan, StepPlanner, Workspace
+from polymux.kernels.gpu.staging import Staging
+from polymux.kernels.paged import CacheShape
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
+NUM_LAYERS, LAYER, SIZE = 2, 1, 16
+Sizes = Sequence[tuple[int, int]]  # (tokens, tokens before them) of each sequence
+MIXED = ((1, 90), (18, 50), (1, 0), (33, 0), (1, 300), (5, 7))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    sizes: Sizes
+    kv_heads: int = 2
+    group: int = 3
+    head_dim: int = 32
+    window: int | None = None
+    dtype: torch.dtype = torch.float32
+    padding: int = 0
+    num_sms: int = 4
+    batch_invariant: bool = False
+
+
+class Step:
+    """Random queries over caches that lie in shuffled blocks, with NaN wherever no token is."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        num_tokens = sum(tokens for tokens, _ in case.sizes)
+        wanted = [-(-(tokens + context) // SIZE) for tokens, context in case.sizes]
+        ids = iter(random.Random(sum(wanted)).sample(range(2 * sum(wanted) + 1), sum(wanted)))
+        starts = [sum(tokens for tokens, _ in case.sizes[:i]) for i in range(len(case.sizes))]
+        self.spans = tuple(
+            SequenceSlice(start=start, num_tokens=tokens, context_len=context, block_ids=[next(ids) for _ in range(n)])
+            for start, (tokens, context), n in zip(starts, case.sizes, wanted, strict=True)
+        )
+        kv = torch.full((2 * sum(wanted) + 1, NUM_LAYERS, 2, case.kv_heads, SIZE, case.head_dim), torch.nan)
+        for span in self.spans:
+            end = span.context_len + span.num_tokens
+            for i, block in enumerate(span.block_ids):
+                kv[block, :, :, :, : end - i * SIZE] = torch.randn_like(kv[block, :, :, :, : end - i * SIZE])
+        self.kv = kv.to(device, case.dtype)
+        heads = case.kv_heads * case.group
+        fused = torch.randn(num_tokens + case.padding, heads + 2, case.head_dim).to(device, case.dtype)
+        self.q = fused[:, :heads]  # as of a fused projection: rows further apart than they are long
+        self.scale = case.head_dim**-0.5
+
+    def plan(self, staging: Staging | None = None) -> StepPlan:
+        case, shape = self.case, CacheShape.of(self.kv)
+        planner = StepPlanner(
+            shape,
+            case.kv_heads * case.group,
+            self.kv.element_size(),
+            Workspace(self.device, 1 << 20),
+            num_sms=case.num_sms,
+            batch_invariant=case.batch_invariant,
+        )
+        num_blocks = sum(len(span.block_ids) for span in self.spans)
+        staging = staging or Staging(planner.num_words(self.q.shape[0], num_blocks), self.device)
+        staging.begin()
+        plan = planner.plan(self.spans, [case.window], staging, self.q.shape[0])
+        staging.send()
+        return plan
+
+    def attend(self, plan: StepPlan) -> Tensor:
+        out = torch.full_like(self.q, torch.nan, memory_format=torch.contiguous_format)
+        attend(self.q, self.kv, LAYER, plan.attention[self.case.window], self.scale, out)
+        return out
+
+    def expected(self) -> Tensor:
+        rows = [self.q[span.start : span.start + span.num_tokens] for span in self.spans]
+        # The reference weighs what it masks by zero, so it must not meet the NaN.
+        kv = self.kv.nan_to_num()
+        parts = [
+            reference.attend(q, kv, LAYER, span.block_ids, span.context_len, self.case.window, self.scale)
+            for q, span in zip(rows, self.spans, strict=True)
+        ]
+        return torch.cat((*parts, torch.zeros_like(self.q[: self.case.padding])))
+
+
+def check(case: Case, device: torch.device) -> StepPlan:
+    step = Step(case, device)
+    plan = step.plan()
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(step.attend(plan), step.expected(), rtol=tolerance, atol=tolerance)
+    assert not plan.attention[case.window].workspace.arrived.any(), "a tile's parts are still counted"
+    return plan
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_a_mixed_step_is_the_references(head_dim: int, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    check(Case(sizes=MIXED, head_dim=head_dim, window=window, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("group", range(1, 9))
+def test_every_ratio_of_heads_packs_without_waste(group: int, dtype: torch.dtype, device: torch.device) -> None:
+    check(Case(sizes=((1, 40), (37, 20), (2, 15)), group=group, kv_heads=1, dtype=dtype), device)
+
+
+sequences = st.tuples(st.one_of(st.just(1), st.integers(2, 70)), st.one_of(st.just(0), st.integers(1, 400)))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.lists(sequences, min_size=1, max_size=4),
+    group=st.integers(1, 8),
+    kv_heads=st.integers(1, 2),
+    head_dim=st.sampled_from([16, 24, 64]),
+    window=st.one_of(st.none(), st.integers(1, 200)),
+    dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
+    padding=st.integers(0, 3),
+    num_sms=st.sampled_from([1, 8, 64]),
+)
+def test_any_step_is_the_references(device: torch.device, **drawn: object) -> None:
+    check(Case(**drawn), device)  # type: ignore[arg-type]
+
+
+def test_long_contexts_are_cut_into_parts_and_summed_again(device: torch.device) -> None:
+    for sizes in ([(1, 1500), (1, 3)], [(20, 1100)]):
+        plan = check(Case(sizes=sizes, num_sms=8), device)
+        launches = plan.attention[None]
+        assert max(int(launch.items[:, 9].max()) for launch in (launches.decode, launches.prefill) if launch) > 2
+
+
+def test_a_row_that_sees_nothing_and_a_padding_row_are_zero(device: torch.device) -> None:
+    step = Step(Case(sizes=[(1, 20)], padding=3), device)
+    out = step.attend(step.plan())
+    assert out[0].isfinite().all() and not out[1:].any()
+
+
+def test_a_step_of_padding_alone_is_zero(device: torch.device) -> None:
+    step = Step(Case(sizes=[], padding=2), device)
+    assert not step.attend(step.plan()).any()
+
+
+def test_plans_of_as_many_rows_share_addresses_and_grids_whatever_the_contexts(device: torch.device) -> None:
+    staging = Staging(4000, device)
+    seen = set()
+    for sizes in ([(1, 5)], [(1, 900), (1, 2), (1, 77)], []):
+        step = Step(Case(sizes=sizes, padding=4 - len(sizes)), device)
+        plan = step.plan(staging)
+        torch.testing.assert_close(step.attend(plan), step.expected())
+        attention = plan.attention[None]
+        assert attention.decode is not None and attention.prefill is None
+        tensors = (plan.num_tokens, plan.positions, plan.slots, attention.decode.items)
+        seen.add((*((t.data_ptr(), t.shape) for t in tensors), attention.block_ids.data_ptr(), attention.decode.config))
+    assert len(seen) == 1
+
+
+def test_an_invariant_row_has_the_same_bits_alone_in_a_batch_and_in_a_chunk(device: torch.device) -> None:
+    def attend_with(sizes: Sizes) -> Tensor:
+        step = Step(Case(sizes=sizes, batch_invariant=True, group=2), device)
+        step.kv, step.q = kv, q[: sum(tokens for tokens, _ in sizes)]
+        step.spans = tuple(
+            SequenceSlice(start=s.start, num_tokens=s.num_tokens, context_len=s.context_len, block_ids=ids)
+            for s, ids in zip(step.spans, (range(12), range(12, 24)), strict=False)
+        )
+        return step.attend(step.plan())
+
+    kv = torch.randn(24, NUM_LAYERS, 2, 2, SIZE, 32, device=device)
+    q = torch.randn(1, 4, 32, device=device).expand(80, -1, -1)
+    alone = attend_with([(1, 150)])[0]
+    assert torch.equal(attend_with([(1, 150), (7, 33)])[0], alone)
+    assert torch.equal(attend_with([(60, 100)])[50], alone)
+    assert torch.equal(attend_with([(9, 142)])[8], alone)
+
+
+def test_blocks_far_into_a_large_arena_are_found(device: torch.device) -> None:
+    """Elements past 2 ** 31: only the pages of the last block are ever touched."""
+    block_words = NUM_LAYERS * 2 * SIZE * 16
+    kv = torch.empty((1 << 31) // block_words + 2, NUM_LAYERS, 2, 1, SIZE, 16, dtype=torch.float16, device=device)
+    last = kv.shape[0] - 1
+    kv[last] = torch.randn(kv.shape[1:])
+    step = Step(Case(sizes=[(3, 10)], kv_heads=1, group=1, head_dim=16, dtype=torch.float16), device)
+    small, step.kv = kv[last:].clone(), kv
+    step.spans = (SequenceSlice(start=0, num_tokens=3, context_len=10, block_ids=[last]),)
+    expected = reference.attend(step.q, small, LAYER, [0], 10, None, step.scale)
+    torch.testing.assert_close(step.attend(step.plan()), expected, rtol=1e-2, atol=1e-2)
