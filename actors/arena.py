@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polymux.actors.weights.huge_pages import use_huge_pages
-from polymux.transport.bulk_copy import copy_bytes
+from polymux.actors.device import CpuDevice, Device
+from polymux.actors.weights.load import Target
 from polymux.transport.errors import ConfigError, OutOfMemory
 from polymux.transport.region import Region
 from polymux.transport.units import KIB, MIB
@@ -49,8 +49,9 @@ class Arena:
     beyond while no KV is there, and make way when KV wants it.
     """
 
-    def __init__(self, region: Region, *, weight_reserve_bytes: int, slab_bytes: int | None = None) -> None:
+    def __init__(self, region: Region, *, weight_reserve_bytes: int, slab_bytes: int | None = None, device: Device | None = None) -> None:
         self.region = region
+        self.device = device or CpuDevice()
         self.nbytes = region.nbytes
         self.slab_bytes = slab_bytes or default_slab_bytes(region.nbytes)
         self.num_slabs = region.nbytes // self.slab_bytes
@@ -59,9 +60,8 @@ class Arena:
         if not 0 <= weight_reserve_bytes < region.nbytes:
             raise ConfigError(f"weight reserve of {weight_reserve_bytes} bytes leaves no KV in an arena of {region.nbytes}; lower it")
         self.weight_reserve_bytes = weight_reserve_bytes
-        self.memory: Tensor = torch.frombuffer(region.buffer, dtype=torch.uint8)
-        if region.fd is not None:
-            use_huge_pages(self.memory[:weight_reserve_bytes])  # no KV goes there, so no other process reads it
+        self.memory: Tensor = self.device.tensor(region)
+        self.device.use_for_weights(region, weight_reserve_bytes)
         self._weights: list[Span] = []  # sorted by offset
         self._slabs: set[int] = set()  # taken
         self._lowest_kv_slab = -(-weight_reserve_bytes // self.slab_bytes)
@@ -109,8 +109,12 @@ class Arena:
         except OutOfMemory:
             bisect.insort(self._weights, span, key=lambda s: s.offset)
             raise
-        copy_bytes(self.region.buffer[moved.offset : moved.end], self.region.buffer[span.offset : span.end])
+        self.device.move(self.region, span.offset, moved.offset, span.nbytes)
         return moved
+
+    def target(self, span: Span) -> Target:
+        """Where the image goes for which `place_weights` took this range."""
+        return self.device.target(self.region, span.offset, span.nbytes)
 
     def take_slab(self) -> int | None:
         """The highest free slab; weights that borrowed its room make way. None when there is none."""

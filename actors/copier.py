@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,10 +38,12 @@ class Copied:
 
 
 OnDone = Callable[[Copied], None]
-CopyBlocks = Callable[[Tensor, Sequence[int], Tensor, Sequence[int]], Iterator[None]]
+CopyBlocks = Callable[
+    [Tensor, Sequence[int], Tensor, Sequence[int]], Generator[None, None, None]
+]  # called by `submit`, iterated by the thread
 
 
-def copy_blocks(source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]) -> Iterator[None]:
+def copy_blocks(source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]) -> Generator[None, None, None]:
     """Copy blocks between two `BlockPool.kv` of one layout, a piece at each `next`. Neighbours on both sides become one copy.
 
     By memmove, which holds no lock and starts no threads: torch's own copy would take the compute threads' cores.
@@ -61,10 +63,9 @@ def copy_blocks(source: Tensor, source_ids: Sequence[int], target: Tensor, targe
 
 @dataclass(slots=True, eq=False)
 class _Copy:
-    source: Tensor
-    source_ids: Sequence[int]
-    target: Tensor
-    target_ids: Sequence[int]
+    pieces: Generator[None, None, None]
+    num_blocks: int
+    nbytes: int
     on_done: OnDone
 
 
@@ -90,7 +91,8 @@ class Copier:
         with self._changed:
             if self._is_closing or len(self._queue) >= self._max_queued:
                 raise Overloaded(f"the copier is closed, or {self._max_queued} copies wait for it")
-            self._queue.append(_Copy(source, source_ids, target, target_ids, on_done))
+            pieces = self._copy(source, source_ids, target, target_ids)
+            self._queue.append(_Copy(pieces, len(source_ids), len(source_ids) * source[0].nbytes, on_done))
             self._changed.notify()
 
     def close(self) -> bool:
@@ -105,10 +107,9 @@ class Copier:
         while (copy := self._next()) is not None:
             began_s = time.monotonic()
             error = self._try(copy)
-            num_blocks = len(copy.source_ids)
-            nbytes = num_blocks * copy.source[0].nbytes
-            done = Copied(num_blocks=num_blocks, nbytes=nbytes, began_s=began_s, ended_s=time.monotonic(), error=error)
+            done = Copied(num_blocks=copy.num_blocks, nbytes=copy.nbytes, began_s=began_s, ended_s=time.monotonic(), error=error)
             self._post(partial(copy.on_done, done))
+            del copy  # it holds views of both memories
 
     def _next(self) -> _Copy | None:
         with self._changed:
@@ -118,7 +119,7 @@ class Copier:
 
     def _try(self, copy: _Copy) -> PolymuxError | None:
         try:
-            for _ in self._copy(copy.source, copy.source_ids, copy.target, copy.target_ids):
+            for _ in copy.pieces:
                 if self._is_closing:
                     break
             return Cancelled("the worker is stopping") if self._is_closing else None
@@ -126,4 +127,6 @@ class Copier:
             return error
         except Exception as error:
             log.exception("copier.failed")
-            return PolymuxError(f"copying {len(copy.source_ids)} KV blocks failed: {type(error).__name__}: {error}")
+            return PolymuxError(f"copying {copy.num_blocks} KV blocks failed: {type(error).__name__}: {error}")
+        finally:
+            copy.pieces.close()  # whatever it has under way ends first

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polymux.actors.arena import Arena
+from polymux.actors.device import DEVICES, CpuDevice, Device
 from polymux.actors.kv_blocks import BlockManager, BlockPool
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
 from polymux.actors.prefix_cache import PrefixCache
@@ -36,12 +37,15 @@ class EngineSettings:
     max_num_seqs: int = 64  # sequences in one decode step
     max_num_batched_tokens: int = 512  # prompt tokens in one prefill step
     batch_invariant: bool = False
+    device: str = "cpu"  # or "cuda": the one GPU that this process sees
     prefix_caching: bool = True  # full blocks stay after their sequence, for prompts that begin alike
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.device not in DEVICES:
+            raise ConfigError(f"device={self.device!r} is not one of {', '.join(DEVICES)}")
 
 
 class Reclaimer(Protocol):
@@ -61,17 +65,26 @@ class Reclaimer(Protocol):
 class Engine:
     """Not thread-safe: its worker's engine thread calls everything here."""
 
-    def __init__(self, region: Region, settings: EngineSettings, source: ImageSource, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        region: Region,
+        settings: EngineSettings,
+        source: ImageSource,
+        clock: Callable[[], float] = time.monotonic,
+        device: Device | None = None,
+    ) -> None:
+        """`region` is the device's; without one, a CPU's."""
         self.settings = settings
         self.clock = clock
-        self.arena = Arena(region, weight_reserve_bytes=settings.weight_reserve_bytes, slab_bytes=settings.slab_bytes)
+        self.device = device or CpuDevice()
+        self.arena = Arena(region, weight_reserve_bytes=settings.weight_reserve_bytes, slab_bytes=settings.slab_bytes, device=self.device)
         self.blocks = BlockManager(self.arena)
         self.prefixes = PrefixCache(self.blocks, clock, is_enabled=settings.prefix_caching)
         self.residency = Residency(self.arena, source, clock, on_leave=self._unbind)
         self.reclaimers: list[Reclaimer] = [self.prefixes]  # who else keeps bytes that may save work
         self.arena.make_way = self._make_way
         self.specs: dict[ModelName, ModelSpec] = {}
-        self._runner = ModelRunner(batch_invariant=settings.batch_invariant)
+        self._runner = ModelRunner(batch_invariant=settings.batch_invariant, device=self.device.torch_device)
         self._bound: dict[ModelName, BoundModel] = {}
         self.stalled_s = 0.0  # of the last forward pass: waiting for weights under way
 
@@ -167,4 +180,5 @@ class Engine:
     def close(self) -> None:
         self.residency.close()
         self._bound.clear()
+        self.device.close()
         self.arena.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from polymux.actors.copier import copy_blocks
+from polymux.actors.copier import CopyBlocks, copy_blocks
 from polymux.actors.host_tier import HostTier
 from polymux.actors.kv_blocks import BlockPool
 from polymux.transport.errors import NoFreeBlocks
@@ -20,8 +20,9 @@ from polymux.transport.messages import KVLayout
 class HostPrefixes:
     """Of one worker. The engine thread owns it."""
 
-    def __init__(self, tier: HostTier) -> None:
+    def __init__(self, tier: HostTier, copy: CopyBlocks = copy_blocks) -> None:
         self._tier = tier
+        self._copy = copy
         self._lines: dict[KVLayout, OrderedDict[bytes, int]] = {}  # block ids by digest, used longest ago first
         self._digests: dict[KVLayout, dict[int, bytes]] = {}  # the other way round
         tier.blocks.reclaim_from(self)
@@ -48,7 +49,7 @@ class HostPrefixes:
             copy = host.allocate(1)
         except NoFreeBlocks:  # another worker was faster
             return
-        for _ in copy_blocks(device.kv, [block_id], host.kv, copy):
+        for _ in self._copy(device.kv, [block_id], host.kv, copy):
             pass
         host.cache(copy[0])
         line[digest] = copy[0]
@@ -65,7 +66,7 @@ class HostPrefixes:
         host.share(host_ids)  # so that what leaves the device for this does not push them out
         try:
             block_ids = device.allocate(len(host_ids))
-            for _ in copy_blocks(host.kv, host_ids, device.kv, block_ids):
+            for _ in self._copy(host.kv, host_ids, device.kv, block_ids):
                 pass
         except NoFreeBlocks:
             return []

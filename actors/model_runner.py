@@ -46,7 +46,7 @@ class ForwardBatch:
 class ModelRunner:
     """One per worker. Not thread-safe: the engine thread owns it."""
 
-    def __init__(self, *, batch_invariant: bool = False, device: str = "cpu") -> None:
+    def __init__(self, *, batch_invariant: bool = False, device: torch.device | str = "cpu") -> None:
         self.batch_invariant = batch_invariant
         self.device = torch.device(device)
         self._skeletons: dict[tuple[ArchConfig, torch.dtype], Decoder] = {}

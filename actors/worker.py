@@ -16,6 +16,7 @@ from functools import partial
 from polymux.actors.copier import Copier
 from polymux.actors.costs import CostFile, device_kind
 from polymux.actors.decode import DecodeRole
+from polymux.actors.device import open_device
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.grants import Grants
 from polymux.actors.host_prefixes import HostPrefixes
@@ -48,7 +49,7 @@ from polymux.transport.messages import (
     WorkerReport,
     WorkerTimeline,
 )
-from polymux.transport.region import Region, this_host
+from polymux.transport.region import this_host
 from polymux.transport.stream import WorkerServer
 from polymux.transport.units import NO_IDS, ClientId, Epoch, ModelName, PackedIds, WorkerId
 
@@ -102,18 +103,19 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
-        self._region = Region.create(settings.arena_bytes)
+        self._device = open_device(settings.engine.device)
+        self._region = self._device.create(settings.arena_bytes)
         self._store = StoreClient(settings.store_address, settings.token)
-        self._engine = Engine(self._region, settings.engine, self._store)
+        self._engine = Engine(self._region, settings.engine, self._store, device=self._device)
         self._cost_file = CostFile(settings.costs_path, device_kind(settings.num_threads)) if settings.costs_path else None
         self._meter = Meter(saved_costs=self._cost_file.load() if self._cost_file is not None else None)
         self._saved_s = self._engine.clock()
         self._engine.residency.on_loaded = self._meter.loaded
         self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
         self._tier = HostTier.attach(settings.store_address, settings.token)
-        self._copier = Copier(self._mailbox.tell) if self._tier is not None else None
+        self._copier = Copier(self._mailbox.tell, copy=self._device.copy_blocks) if self._tier is not None else None
         if self._tier is not None and settings.engine.prefix_caching:
-            self._engine.prefixes.host = HostPrefixes(self._tier)
+            self._engine.prefixes.host = HostPrefixes(self._tier, self._device.copy_blocks)
         self._server = WorkerServer(
             worker_id=settings.worker_id,
             token=settings.token,
@@ -240,6 +242,7 @@ class Worker:
     def _run(self) -> None:
         """Until `stop`, or an engine that no longer computes: `report` then says that this worker is lost, and another takes its place."""
         try:
+            self._device.enter()
             while not self._stopping.is_set():
                 self._beat_s = self._engine.clock()
                 if not self._turn() and not self._rest() and not self._probe():

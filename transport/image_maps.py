@@ -1,7 +1,7 @@
 """A worker's view of its node's weight images: mapped once, so that loading one again costs the copy and no page faults.
 
 Only images that are sealed are mapped: their bytes can neither change nor be cut off under the reader, so one checked once stays good.
-A map keeps its image's memory alive, even when the store has evicted it; so a map goes when its image was not loaded for `KEEP_S`.
+A map keeps its image's memory alive, even when the store has evicted it; so a map goes when its image was not loaded for a while.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -43,7 +44,10 @@ class _Map:
 class ImageMaps:
     """The maps of one worker, and which images it has verified. Thread-safe; time is an argument."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_s: float = KEEP_S, on_drop: Callable[[memoryview], None] = lambda _: None) -> None:
+        """`on_drop` is told of each map that goes, while it is still mapped."""
+        self._keep_s = keep_s
+        self._on_drop = on_drop
         self._maps: dict[ImageId, _Map] = {}
         self._verified: dict[tuple[ImageId, bytes], None] = {}  # with the manifest that it was compared with; oldest first
         self._lock = threading.Lock()
@@ -76,13 +80,15 @@ class ImageMaps:
                 del self._verified[next(iter(self._verified))]
 
     def expire(self, now_s: float) -> None:
-        """Drop the maps that were not opened for `KEEP_S`. Views in use stay valid until they are let go."""
+        """Drop the maps that were not opened for `keep_s`. Views in use stay valid until they are let go."""
         with self._lock:
-            self._maps = {image_id: found for image_id, found in self._maps.items() if now_s - found.used_s < KEEP_S}
+            for image_id in [image_id for image_id, found in self._maps.items() if now_s - found.used_s >= self._keep_s]:
+                self._on_drop(self._maps.pop(image_id).view)
 
     def clear(self) -> None:
         with self._lock:
-            self._maps.clear()
+            while self._maps:
+                self._on_drop(self._maps.popitem()[1].view)
 
 
 def _digest(manifest: bytes) -> bytes:

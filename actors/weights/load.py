@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from polymux.actors.weights.image import Check, ImageManifest, checks_of
@@ -39,6 +40,51 @@ class ImageSource(Protocol):
 Fetch = Callable[[ModelName], OpenImage]
 
 
+class Target(Protocol):
+    """Device memory in which an image is put together. Called from any thread that works on the load, from one at a time for each piece."""
+
+    is_async: bool  # bytes that were put may still be on their way: `settle` waits for them, `order` makes computing wait
+
+    def put(self, begin: int, data: memoryview) -> None:
+        """Bytes of the image from `begin` on. `data` must stay as it is until `settle`."""
+
+    def read(self, fd: int, begin: int, end: int) -> None:
+        """As `put`, from a file. Raises CheckpointError when it ends before."""
+
+    def content(self, source: memoryview | None) -> Tensor:
+        """The image's bytes where a checksum can read them, uint8: the target's own, or those that it was filled from."""
+
+    def order(self, end: int) -> None:
+        """What is handed to the device from now on is done after the bytes before `end`, which were put, have arrived. Engine thread."""
+
+    def settle(self) -> None:
+        """Return once everything that was put is there."""
+
+
+class HostTarget:
+    """Host memory: what was put is there."""
+
+    is_async = False
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+
+    def put(self, begin: int, data: memoryview) -> None:
+        copy_bytes(self._memory[begin : begin + len(data)], data)
+
+    def read(self, fd: int, begin: int, end: int) -> None:
+        read_image(fd, self._memory[begin:end], begin, end - begin)
+
+    def content(self, source: memoryview | None) -> Tensor:
+        return torch.frombuffer(self._memory, dtype=torch.uint8)
+
+    def order(self, end: int) -> None:
+        return
+
+    def settle(self) -> None:
+        return
+
+
 class Load:
     """Steps over one target range; `changed` is the lock of everything here and is notified after every step."""
 
@@ -46,8 +92,7 @@ class Load:
         self,
         spec: ModelSpec,
         fetch: Fetch,
-        target: memoryview,
-        weights: Tensor,
+        target: Target,
         maps: ImageMaps,
         changed: threading.Condition,
         *,
@@ -62,7 +107,7 @@ class Load:
         self.ended_s: float | None = None
         self.copy_s = 0.0  # spent in copies, by all threads together
         self.error: PolymuxError | None = None
-        self._fetch, self._target, self._weights, self._maps, self._clock = fetch, target, weights, maps, clock
+        self._fetch, self._target, self._maps, self._clock = fetch, target, maps, clock
         self._changed = changed
         self._image: OpenImage | None = None
         self._image_id: ImageId | None = None
@@ -77,6 +122,8 @@ class Load:
         self._copied: set[int] = set()  # pieces past the landed ones
         self._num_landed = 0
         self._num_running = self._num_copying = 0
+        self._is_settled, self._is_settling = not target.is_async, False
+        self._first_copy_s: float | None = None
 
     # -- for the reader -----------------------------------------------------------------------------------------------
 
@@ -100,6 +147,18 @@ class Load:
         """Every byte is in place and good."""
         return self.ended_s is not None
 
+    @property
+    def is_async(self) -> bool:
+        """A group that is in place for `wait` may still be on its way; computing waits for it where `order` was called."""
+        return self._target.is_async
+
+    def order(self, num_groups: int | None) -> None:
+        """Computing that is handed over from now on comes after the first `num_groups`, for which somebody has waited."""
+        if self._target.is_async:
+            with self._changed:
+                end = self._bytes_of(num_groups)
+            self._target.order(end)
+
     def wait(self, num_groups: int | None = None, *, helps: bool = True) -> float:
         """Until the first `num_groups` groups of the manifest are in place, or all; helps meanwhile. Returns the seconds it took.
 
@@ -111,7 +170,7 @@ class Load:
         with self._changed:
             while not self._has(num_groups):
                 remaining_s = began_s + LOAD_S - self._clock()
-                step = self._claim(num_groups) if helps else None
+                step = self._claim(num_groups) if helps and not self._target.is_async else None
                 if step is not None:
                     self._changed.release()
                     try:
@@ -128,6 +187,7 @@ class Load:
             self._is_cancelled = True
             self._changed.wait_for(lambda: not self._num_copying)  # other steps write nothing, and may take long
             self._close_if_idle()
+        self._target.settle()
 
     # -- for whoever works on it --------------------------------------------------------------------------------------
 
@@ -147,6 +207,8 @@ class Load:
             step = partial(self._copy, self._num_claimed)
             self._num_claimed += 1
             self._num_copying += 1
+        elif self._num_landed == len(self._pieces) and not self._is_settled and not self._is_settling:
+            self._is_settling, step = True, self._settle
         elif self._num_landed == len(self._pieces) and self._num_claimed_checks < len(self._checks):
             step = partial(self._verify, self._checks[self._num_claimed_checks])
             self._num_claimed_checks += 1
@@ -164,7 +226,8 @@ class Load:
         with self._changed:
             self.error = self.error or error
             self._num_running -= 1
-            if self.ended_s is None and self.error is None and self._is_verified and self._num_landed == len(self._pieces):
+            is_whole = self._is_verified and self._is_settled and self._num_landed == len(self._pieces)
+            if self.ended_s is None and self.error is None and is_whole:
                 self.ended_s = self._clock()
             self._close_if_idle()
             self._changed.notify_all()
@@ -209,15 +272,16 @@ class Load:
         began_s = self._clock()
         try:
             if self._bytes is not None:
-                copy_bytes(self._target[begin:end], self._bytes[begin:end])
+                self._target.put(begin, self._bytes[begin:end])
             else:
                 assert self._image is not None
-                read_image(self._image.fd, self._target[begin:end], begin, end - begin)
+                self._target.read(self._image.fd, begin, end)
         finally:
             with self._changed:
                 self._num_copying -= 1
         now_s = self._clock()
         with self._changed:
+            self._first_copy_s = began_s if self._first_copy_s is None else self._first_copy_s
             self.copy_s += now_s - began_s
             self._copied.add(piece)
             while self._num_landed in self._copied:
@@ -226,8 +290,15 @@ class Load:
             if self.first_layer_s is None and self._landed_bytes() >= self._bytes_of(2):
                 self.first_layer_s = now_s - self.began_s
 
+    def _settle(self) -> None:
+        self._target.settle()
+        now_s = self._clock()
+        with self._changed:
+            assert self._first_copy_s is not None
+            self._is_settled, self.copy_s = True, now_s - self._first_copy_s  # the copies ran while nobody waited for them
+
     def _verify(self, check: Check) -> None:
-        check(self._weights)
+        check(self._target.content(self._bytes))
         with self._changed:
             self._num_checked += 1
             if self._num_checked < len(self._checks):

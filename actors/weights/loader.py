@@ -6,9 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch import Tensor
-
-from polymux.actors.weights.load import Fetch, Load, Work
+from polymux.actors.weights.load import Fetch, Load, Target, Work
 from polymux.transport.image_maps import KEEP_S, ImageMaps
 from polymux.transport.messages import ModelSpec
 
@@ -18,18 +16,18 @@ STOP_S = 10.0  # for the piece under way
 class Loader:
     """`begin` starts a load at once; the thread starts with the first one, and ends with `close`."""
 
-    def __init__(self, fetch: Fetch, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, fetch: Fetch, clock: Callable[[], float] = time.monotonic, maps: ImageMaps | None = None) -> None:
         self._fetch = fetch
-        self.maps = ImageMaps()
+        self.maps = maps if maps is not None else ImageMaps()
         self._clock = clock
         self._changed = threading.Condition()
         self._loads: list[Load] = []
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
-    def begin(self, spec: ModelSpec, target: memoryview, weights: Tensor, *, is_urgent: bool) -> Load:
-        """Bring the model's image into `target`, whose bytes `weights` are."""
-        load = Load(spec, self._fetch, target, weights, self.maps, self._changed, is_urgent=is_urgent, clock=self._clock)
+    def begin(self, spec: ModelSpec, target: Target, *, is_urgent: bool) -> Load:
+        """Bring the model's image into `target`."""
+        load = Load(spec, self._fetch, target, self.maps, self._changed, is_urgent=is_urgent, clock=self._clock)
         with self._changed:
             assert not self._is_closed, "the loader is closed"
             self._loads.append(load)

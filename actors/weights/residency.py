@@ -22,6 +22,7 @@ from polymux.actors.weights.loader import Loader
 from polymux.disagg.eviction import EvictionPlan, Popularity, cost_s, plan_room, value
 from polymux.disagg.views import ArenaView, CachedView, ResidentView
 from polymux.transport.errors import OutOfMemory, PolymuxError
+from polymux.transport.image_maps import ImageMaps
 from polymux.transport.messages import ModelSpec
 from polymux.transport.units import ModelName
 
@@ -97,7 +98,8 @@ class Residency:
     _waited_s: dict[ModelName, float] = field(default_factory=dict)  # on loads under way
 
     def __post_init__(self) -> None:
-        self.loader = Loader(lambda model: self.source.fetch(model), self.clock)
+        maps = ImageMaps(self.arena.device.keep_images_s, self.arena.device.forget_image)
+        self.loader = Loader(lambda model: self.source.fetch(model), self.clock, maps)
 
     # -- the switch ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +149,8 @@ class Residency:
             return 0.0
         try:
             num_groups = layer + _FIRST_GROUPS
-            return self._wait(resident, num_groups if num_groups < len(resident.manifest.groups) else None)
+            is_last = num_groups >= len(resident.manifest.groups)
+            return self._wait(resident, None if is_last and not resident.load.is_async else num_groups)
         except BaseException:
             self._restore(self._former, resident.spec.model)
             raise
@@ -245,6 +248,7 @@ class Residency:
             return 0.0
         self.loader.hurry(resident.load)
         waited_s = resident.load.wait(num_groups)
+        resident.load.order(num_groups)
         self._waited_s[resident.spec.model] = self._waited_s.get(resident.spec.model, 0.0) + waited_s
         if resident.load.is_finished:
             self._settle(resident, resident.load)
@@ -278,7 +282,7 @@ class Residency:
             self._move(self.residents[move.model], move.offset)
         span = self.arena.place_weights(spec.weight_bytes, plan.offset)
         weights = self.arena.memory[span.offset : span.end]
-        load = self.loader.begin(spec, self.arena.region.buffer[span.offset : span.end], weights, is_urgent=is_urgent)
+        load = self.loader.begin(spec, self.arena.target(span), is_urgent=is_urgent)
         resident = Resident(spec, span, weights, load, is_prefetched=not is_urgent, used_s=self.clock())
         self.residents[spec.model] = resident
         self._note_kept()  # what is new may be pinned, and leave the active one no other place

@@ -79,7 +79,7 @@ async def test_a_sequence_whose_copy_failed_is_computed_again(monkeypatch: pytes
     def unreliable(source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]) -> Iterator[None]:
         if next(count) % 2:
             raise RuntimeError("a copy that fails")
-        return copy(source, source_ids, target, target_ids)
+        yield from copy(source, source_ids, target, target_ids)
 
     copy = copier.copy_blocks
     async with running_pair(decode_kv_bytes=kv_bytes, batch_invariant=True, host_kv_bytes=8 * MIB) as tight:

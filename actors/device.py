@@ -1,0 +1,130 @@
+"""What a worker computes on, behind one door: where its memory lies, how bytes get there, and what is done after what.
+
+A device has a queue of its own: work that is handed to it is done later, in the order in which it was handed over. On a CPU the queue is
+always empty, since everything is done when the call returns; what orders work costs nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from polymux.actors.copier import copy_blocks
+from polymux.actors.weights.huge_pages import use_huge_pages
+from polymux.actors.weights.load import HostTarget, Target
+from polymux.transport.bulk_copy import copy_bytes
+from polymux.transport.errors import ConfigError
+from polymux.transport.image_maps import KEEP_S
+from polymux.transport.region import Region
+
+DEVICES = ("cpu", "cuda")
+
+
+class Mark(Protocol):
+    """A point in the queue of a device."""
+
+    def wait(self) -> None:
+        """Return once everything before it is done."""
+
+
+class Device(Protocol):
+    """One per worker. The engine thread calls everything here but what says otherwise."""
+
+    torch_device: torch.device
+    is_async: bool  # results of a step are there later than its launch
+    keep_images_s: float  # how long a weight image stays mapped after it was loaded
+
+    def enter(self) -> None:
+        """The calling thread drives the engine from now on: its tensor operations go to the device's queue."""
+
+    def create(self, nbytes: int) -> Region:
+        """All the memory that the arena will have, zeroed or not."""
+
+    def tensor(self, region: Region) -> Tensor:
+        """The region's bytes, uint8 [nbytes]."""
+
+    def use_for_weights(self, region: Region, nbytes: int) -> None:
+        """The first `nbytes` of a region will hold nothing but weights; before any are there."""
+
+    def target(self, region: Region, offset: int, nbytes: int) -> Target:
+        """Where a weight image goes. What was handed to the queue before this call may still use these bytes; the image waits for it."""
+
+    def forget_image(self, image: memoryview) -> None:
+        """A mapped image is let go. From any thread."""
+
+    def move(self, region: Region, source: int, target: int, nbytes: int) -> None:
+        """Copy bytes within a region; the two ranges may overlap. In the queue's order."""
+
+    def copy_blocks(
+        self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]
+    ) -> Generator[None, None, None]:
+        """As `copier.copy_blocks`, after all that is in the queue at this call. Iterated by any one thread; all is copied at its end."""
+
+    def mark(self) -> Mark:
+        """The end of the queue as it is now."""
+
+    def close(self) -> None:
+        """Wait for the queue, and give everything back but the regions, which have their own `close`. May be called twice."""
+
+
+class _Done:
+    def wait(self) -> None:
+        return
+
+
+class CpuDevice:
+    """Host memory, shared with the node's other workers, and the calling thread as its queue."""
+
+    torch_device = torch.device("cpu")
+    is_async = False
+    keep_images_s = KEEP_S
+
+    def enter(self) -> None:
+        return
+
+    def create(self, nbytes: int) -> Region:
+        return Region.create(nbytes)
+
+    def tensor(self, region: Region) -> Tensor:
+        return torch.frombuffer(region.buffer, dtype=torch.uint8)
+
+    def use_for_weights(self, region: Region, nbytes: int) -> None:
+        if region.fd is not None:
+            use_huge_pages(self.tensor(region)[:nbytes])  # no KV goes there, so no other process reads it
+
+    def target(self, region: Region, offset: int, nbytes: int) -> Target:
+        return HostTarget(region.buffer[offset : offset + nbytes])
+
+    def forget_image(self, image: memoryview) -> None:
+        return
+
+    def move(self, region: Region, source: int, target: int, nbytes: int) -> None:
+        copy_bytes(region.buffer[target : target + nbytes], region.buffer[source : source + nbytes])
+
+    def copy_blocks(
+        self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]
+    ) -> Generator[None, None, None]:
+        return copy_blocks(source, source_ids, target, target_ids)
+
+    def mark(self) -> Mark:
+        return _Done()
+
+    def close(self) -> None:
+        return
+
+
+def open_device(name: str) -> Device:
+    """The device that a worker's settings name. Raises ConfigError where this process has no such one."""
+    opened: dict[str, Callable[[], Device]] = {"cpu": CpuDevice, "cuda": _open_cuda}
+    if name not in opened:
+        raise ConfigError(f"device={name!r} is not one of {', '.join(DEVICES)}")
+    return opened[name]()
+
+
+def _open_cuda() -> Device:
+    from polymux.actors.gpu.device import CudaDevice
+
+    return CudaDevice()
