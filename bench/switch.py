@@ -9,43 +9,36 @@ arena holds one of them (or both, for switches between residents). What is compa
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import mmap
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
+from switch_growth import Growth, measure_growth
+from switch_store import MODELS, A, B, Bench, step
 from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from machine import describe
-from polymux.actors.arena import Arena
-from polymux.actors.engine import Engine, EngineSettings
-from polymux.actors.model_runner import ForwardBatch, SequenceSlice
-from polymux.actors.store_client import StoreClient
-from polymux.actors.store_server import StoreServer
-from polymux.actors.weight_store import ModelSource
+from polymux.actors.engine import Engine
 from polymux.actors.weights.builder import ENVIRONMENT
 from polymux.transport.bulk_copy import TUNABLES, copy_bytes, piece_bytes
 from polymux.transport.messages import ModelSpec
-from polymux.transport.region import Region
-from polymux.transport.units import GIB, KIB, MIB, ModelName
+from polymux.transport.units import ModelName
 
-MODELS = Path(__file__).parent.parent / "deploy" / "demo" / "models"
 QWEN25_05B = {
     "vocab_size": 151_936,
     "hidden_size": 896,
@@ -53,7 +46,6 @@ QWEN25_05B = {
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
 }
-A, B = ModelName("a"), ModelName("b")
 T = TypeVar("T")
 
 
@@ -75,42 +67,6 @@ class Samples:
     def spread(self, name: str, scale: float = 1e3) -> str:
         values = [scale * value for value in self.seconds[name]]
         return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-class Bench:
-    """A store with its socket, and engines over arenas of any size."""
-
-    def __init__(self, paths: dict[ModelName, Path], dtype: str) -> None:
-        self._token = "bench-" + os.urandom(16).hex()
-        self._store = StoreServer(budget_bytes=8 * GIB, layout="auto", token=self._token)
-        self.specs: dict[ModelName, ModelSpec] = {
-            model: self._store.register(ModelSource(model=model, path=str(path), dtype=dtype, max_model_len=256))
-            for model, path in paths.items()
-        }
-
-    def engine(self, num_resident: int, kv_bytes: int = 64 * MIB) -> Engine:
-        """Weights may borrow `kv_bytes` while no sequence holds them."""
-        reserve = num_resident * max(spec.weight_bytes for spec in self.specs.values()) + 4 * KIB
-        engine = Engine(Region.create(reserve + kv_bytes), EngineSettings(weight_reserve_bytes=reserve), self.client())
-        for spec in self.specs.values():
-            engine.add_model(spec)
-        return engine
-
-    def client(self) -> StoreClient:
-        return StoreClient(self._store.address, self._token)
-
-    def close(self) -> None:
-        self._store.close()
-
-
-def step(engine: Engine, model: ModelName) -> int:
-    """One decode step of one sequence: the token."""
-    pool = engine.pool(model)
-    blocks = pool.allocate(1)
-    cut = SequenceSlice(start=0, num_tokens=1, context_len=0, block_ids=blocks)
-    logits = engine.forward(ForwardBatch(token_ids=torch.tensor([1]), slices=(cut,), logits_rows=None))
-    pool.free(blocks)
-    return int(logits.argmax())
 
 
 # ---------------------------------------------------------------- the copy, and the first step
@@ -225,99 +181,6 @@ def forget(path: Path) -> None:
         os.close(fd)
 
 
-# ---------------------------------------------------------------- growth
-
-CHECKPOINTS = 10
-UNCACHED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"}
-
-
-class _MallInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]  # noqa: SIM905
-
-
-_libc = ctypes.CDLL(None)
-_libc.mallinfo2.restype = _MallInfo
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What must not grow."""
-
-    num_switches: int
-    allocated_bytes: int  # handed out by the C allocator and not given back
-    private_bytes: int  # of the process's resident memory, what is its own: allocator pages that were touched, in use or not
-    num_fds: int
-    weight_spans: int
-    weight_bytes: int
-
-    @classmethod
-    def of(cls, arena: Arena, num_switches: int) -> Footprint:
-        gc.collect()
-        _libc.malloc_trim(0)
-        heap = _libc.mallinfo2()
-        rss = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-        return cls(
-            num_switches=num_switches,
-            allocated_bytes=heap.uordblks + heap.hblkhd,
-            private_bytes=int(rss.split()[1]) * KIB,
-            num_fds=sum(1 for _ in Path("/proc/self/fd").iterdir()),
-            weight_spans=len(arena.weight_spans),
-            weight_bytes=sum(span.nbytes for span in arena.weight_spans),
-        )
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Footprints at the start and at each tenth of the switches."""
-
-    footprints: list[Footprint]
-    switch_and_step_s: float
-
-    def total(self, name: str) -> int:
-        return int(getattr(self.footprints[-1], name) - getattr(self.footprints[0], name))
-
-    def slope(self, name: str) -> float:
-        """Bytes a switch: of the line that fits all footprints best."""
-        return statistics.linear_regression([f.num_switches for f in self.footprints], [getattr(f, name) for f in self.footprints]).slope
-
-
-def measure_growth(count: int) -> Growth:
-    """In a process of its own whose C allocator caches nothing for its threads: such caches fill for thousands of switches, are bounded,
-    and count as allocated."""
-    command = [sys.executable, __file__, "--growth-only", "--switches", str(count)]
-    found = json.loads(subprocess.run(command, env={**os.environ, **UNCACHED}, stdout=subprocess.PIPE, check=True).stdout)
-    return Growth([Footprint(**values) for values in found["footprints"]], found["switch_and_step_s"])
-
-
-def count_growth(count: int) -> Growth:
-    """So many switches that each copy, with a decode step after each, on the demo models; after a fifth as many that warm up."""
-    bench = Bench({A: MODELS / "llama-small", B: MODELS / "qwen3-small"}, "float32")
-    engine = bench.engine(1, kv_bytes=2 * MIB)
-    tenth = 2 * max(count // (2 * CHECKPOINTS), 1)
-
-    def work(num_switches: int) -> None:
-        for number in range(num_switches):
-            model = (A, B)[number % 2]
-            engine.activate(model)
-            step(engine, model)
-
-    work(2 * tenth)
-    footprints = [Footprint.of(engine.arena, 0)]
-    busy_s = 0.0
-    for number in range(1, CHECKPOINTS + 1):
-        began = time.perf_counter()
-        work(tenth)
-        busy_s += time.perf_counter() - began
-        footprints.append(Footprint.of(engine.arena, number * tenth))
-    engine.residency.check()
-    engine.blocks.check()
-    assert engine.blocks.num_out == 0
-    assert len(engine.residency.residents) == 1, "both models fit, so nothing was copied"
-    engine.close()
-    bench.close()
-    return Growth(footprints, busy_s / (CHECKPOINTS * tenth))
-
-
 # ---------------------------------------------------------------- report
 
 
@@ -414,7 +277,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cold-rounds", type=int, default=3)
     parser.add_argument("--switches", type=int, default=10_000)
-    parser.add_argument("--growth-only", action="store_true", help="print the footprints of --switches switches as JSON, and end")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     for name in ("layers", "threads", "rounds", "cold_rounds", "switches"):
@@ -425,10 +287,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.growth_only:
-        torch.set_num_threads(1)
-        print(json.dumps(asdict(count_growth(args.switches))))
-        return
     wanted = {**TUNABLES, **ENVIRONMENT}  # of workers and stores; read once, at a process's start
     if not wanted.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import switch
+from switch_growth import Footprint, Growth
 
 
 def test_the_defaults_are_those_of_the_published_results() -> None:
@@ -37,9 +38,7 @@ def test_ratios_say_which_is_faster() -> None:
         samples.seconds[name] = [2.0]
     samples.seconds["loader alone"] = [4.0, 5.0, 3.0]
     samples.seconds["cold transformers"] = [1.0]
-    footprints = [
-        switch.Footprint(num_switches=n, allocated_bytes=1, private_bytes=1, num_fds=1, weight_spans=1, weight_bytes=1) for n in (0, 9)
-    ]
-    text, figures = switch.report(switch.parse([]), samples, 1 << 30, switch.Growth(footprints, 2.0))
+    footprints = [Footprint(num_switches=n, allocated_bytes=1, private_bytes=1, num_fds=1, weight_spans=1, weight_bytes=1) for n in (0, 9)]
+    text, figures = switch.report(switch.parse([]), samples, 1 << 30, Growth(footprints, 2.0))
     assert figures["copy_ratio"] == 0.5 and figures["cold_vs_transformers"] == 0.5 and figures["growth_bytes"] == 0
     assert "4000.0 (3000.0 to 5000.0)" in text

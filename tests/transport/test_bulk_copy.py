@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from polymux.transport import bulk_copy
-from polymux.transport.bulk_copy import PIECE_BYTES, TUNABLES, copy_bytes, piece_bytes
+from polymux.transport.bulk_copy import LONG_PIECE_BYTES, PIECE_BYTES, TUNABLES, copy_bytes, piece_bytes
 from polymux.transport.units import MIB
 
 
@@ -33,10 +33,12 @@ def test_other_lengths_and_read_only_targets_are_refused() -> None:
 @pytest.mark.parametrize(
     ("threshold", "nbytes", "expected"),
     [
-        (None, 1024 * MIB, PIECE_BYTES),
-        (MIB, 1024 * MIB, PIECE_BYTES),
+        (None, 16 * MIB, PIECE_BYTES),
+        (None, 640 * MIB, 10 * MIB),
+        (None, 4096 * MIB, LONG_PIECE_BYTES),
+        (MIB, 256 * MIB, PIECE_BYTES),
         (180 * MIB, 1024 * MIB, 180 * MIB),
-        (180 * MIB, 512 * MIB, PIECE_BYTES),
+        (180 * MIB, 512 * MIB, 8 * MIB),
     ],
 )
 def test_pieces_are_as_large_as_the_fast_copy_needs_if_the_image_has_four_of_them(
@@ -50,4 +52,4 @@ def test_pieces_are_as_large_as_the_fast_copy_needs_if_the_image_has_four_of_the
 def test_a_process_that_starts_with_the_tunables_copies_pieces_around_the_cache() -> None:
     code = "from polymux.transport.bulk_copy import around_cache_bytes; print(around_cache_bytes())"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **TUNABLES}, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == PIECE_BYTES
+    assert int(done.stdout) <= PIECE_BYTES // 16
