@@ -13,6 +13,9 @@ from torch import Tensor
 
 from polymux.actors.models.config import ArchConfig
 from polymux.actors.models.decoder import INVARIANT_ROWS, Decoder, ModelWeights, Step
+from polymux.actors.parallel.collectives import Collectives
+from polymux.actors.parallel.rank_decoder import RankDecoder
+from polymux.actors.parallel.shards import rank_config
 from polymux.actors.weights.bind import bind_weights
 from polymux.actors.weights.image import DTYPES, ImageManifest
 from polymux.kernels import ops
@@ -20,6 +23,7 @@ from polymux.kernels.attend_plan import Planner
 from polymux.kernels.ops import PagedCache
 from polymux.kernels.paged import plan_writes
 from polymux.transport.errors import ConfigError
+from polymux.transport.messages import WHOLE, Shard
 
 # Rows are padded to one of these: each count of rows costs oneDNN a set of kernels of its own, half a megabyte for each shape of weight.
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -46,14 +50,16 @@ class ForwardBatch:
 class ModelRunner:
     """One per worker. Not thread-safe: the engine thread owns it."""
 
-    def __init__(self, *, batch_invariant: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(self, *, batch_invariant: bool = False, device: torch.device | str = "cpu", collectives: Collectives | None = None) -> None:
+        """`collectives`: with the other ranks, of which this is one."""
         self.batch_invariant = batch_invariant
         self.device = torch.device(device)
+        self._collectives = collectives
         self._skeletons: dict[tuple[ArchConfig, torch.dtype], Decoder] = {}
 
     def prepare(self, dtype: str) -> None:
         """Compile what steps in `dtype` run by, so that no request waits for it: seconds for the first process of a machine."""
-        if not self.batch_invariant and self.device.type == "cpu":
+        if not self.batch_invariant and self.device.type == "cpu" and self._collectives is None:
             ops.prepare_few_rows(DTYPES[dtype])
 
     def bind(self, manifest: ImageManifest, weights: Tensor, kv: Tensor) -> BoundModel:
@@ -61,17 +67,30 @@ class ModelRunner:
 
         Raises CheckpointError or WireError for an image that cannot be run, ConfigError for a cache of another shape.
         """
-        config = ArchConfig.from_json(manifest.config_json, "the weight image's config.json")
+        whole = ArchConfig.from_json(manifest.config_json, "the weight image's config.json")
+        config = rank_config(whole, manifest.shard.num_ranks)
         dtype = DTYPES[manifest.dtype]
         layout = config.kv_layout(manifest.dtype)
         wanted = (layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
         if tuple(kv.shape[1:]) != wanted or kv.dtype != dtype or not kv.is_contiguous():
             raise ConfigError(f"kv of shape {tuple(kv.shape)} and {kv.dtype} is not contiguous blocks of {wanted} and {dtype}")
-        skeleton = self._skeletons.get((config, dtype))
+        self._check(manifest.shard)
+        skeleton = self._skeletons.get((whole, dtype))
         if skeleton is None:
-            skeleton = Decoder(config, dtype, self.device, batch_invariant=self.batch_invariant)
-            self._skeletons[config, dtype] = skeleton
+            skeleton = self._skeletons[whole, dtype] = self._make(whole, dtype)
         return BoundModel(skeleton, bind_weights(config, manifest, weights), PagedCache(kv), self.device)
+
+
+    def _check(self, shard: Shard) -> None:
+        ranks = self._collectives
+        here = Shard(rank=ranks.rank, num_ranks=ranks.num_ranks) if ranks is not None else WHOLE
+        if shard != here:
+            raise ConfigError(f"an image for rank {shard.rank} of {shard.num_ranks} cannot run on rank {here.rank} of {here.num_ranks}")
+
+    def _make(self, config: ArchConfig, dtype: torch.dtype) -> Decoder:
+        if self._collectives is None:
+            return Decoder(config, dtype, self.device, batch_invariant=self.batch_invariant)
+        return RankDecoder(config, dtype, self.device, self._collectives, batch_invariant=self.batch_invariant)
 
 
 class BoundModel:

@@ -17,6 +17,7 @@ PolymuxError                     500 internal_error
 ├── Cancelled                    499  the client went away
 ├── DeadlineExceeded             408
 ├── WorkerLost                   504  retried by replay before a client sees it
+│   └── RankLost                 504  a rank of an instance is dead or silent: the instance is fenced
 ├── NonFiniteLogits                   the model computed NaN or infinity instead of logits
 ├── OutOfMemory                       the arena or the host store cannot hold it
 │   └── NoFreeBlocks                  retry when a sequence ends
@@ -125,6 +126,10 @@ class DeadlineExceeded(PolymuxError):
 
 class WorkerLost(PolymuxError):
     status, kind, code, retryable = 504, "timeout_error", "upstream_timeout", True
+
+
+class RankLost(WorkerLost):
+    """A rank of an instance died, or did not answer within its deadline. The instance computes nothing any more; a new one takes its place."""
 
 
 class NonFiniteLogits(PolymuxError):

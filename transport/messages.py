@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from polymux.transport.errors import ConfigError
 from polymux.transport.units import BLOCK_SIZE, NO_IDS, ClientId, Epoch, ModelName, PackedIds, SequenceId, TransferId, WorkerId
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -74,6 +75,29 @@ class KVLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One rank's part of a model, among as many ranks."""
+
+    rank: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.num_ranks:
+            raise ValueError(f"rank {self.rank} is not one of {self.num_ranks}")
+
+
+WHOLE = Shard(rank=0, num_ranks=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankShape:
+    """What a model takes on each rank of an instance of so many."""
+
+    num_ranks: int
+    weight_bytes: int  # of each rank's weight image; they are equal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """What every process needs to know of a registered model."""
 
@@ -92,6 +116,17 @@ class ModelSpec:
     created: int = 0  # unix seconds, for /v1/models
     is_pinned: bool = False  # once resident, its weights are not evicted
     chat_template: str | None = None  # path of a Jinja file in the place of the checkpoint's
+    shapes: tuple[RankShape, ...] = ()  # on instances of several ranks, for each degree that the cluster has
+
+    def on_ranks(self, num_ranks: int) -> ModelSpec:
+        """What each rank of an instance of so many knows of it: its own bytes of weights and of KV. Raises ConfigError for a degree that
+        the model was not registered for."""
+        if num_ranks == self.kv.num_ranks:
+            return self
+        for shape in self.shapes:
+            if shape.num_ranks == num_ranks:
+                return replace(self, weight_bytes=shape.weight_bytes, kv=replace(self.kv, num_ranks=num_ranks))
+        raise ConfigError(f"model {self.model} has no weights for {num_ranks} ranks; register it again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,7 @@ class Decoder:
         """
         config = self.config
         cos, sin = self._rotary.at(step.positions, step.max_position)
-        x = ops.embed(weights.embedding, step.token_ids, config.hidden_size)
+        x = self._embed(weights.embedding, step.token_ids)
         attended = x.new_zeros(x.shape[0], config.num_heads, config.head_dim)
         for i, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
             if before_layer is not None:
@@ -106,6 +106,12 @@ class Decoder:
             return torch.empty(0, config.vocab_size, device=x.device)
         (logits,) = self._by_rows(self._predict, weights, x)
         return logits.float()
+
+    def _embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
+        return ops.embed(table, token_ids, self.config.hidden_size)
+
+    def _linear_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        return ops.linear_add(x, weight, bias, residual, by_row=self.batch_invariant)
 
     def few_rows(self, weights: ModelWeights, cache: ops.PagedCache) -> FewRows | None:
         """What `decode` runs these weights by, where this machine can."""
@@ -149,11 +155,10 @@ class Decoder:
         return qk[:, : config.num_heads], qk[:, config.num_heads :], v
 
     def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
-        by_row = self.batch_invariant
-        x = ops.linear_add(attended.flatten(1), layer.output, layer.output_bias, x, by_row=by_row)
+        x = self._linear_add(attended.flatten(1), layer.output, layer.output_bias, x)
         hidden = ops.rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
-        hidden = ops.gated_linear(hidden, layer.gate, layer.gate_bias, layer.up, layer.up_bias, by_row=by_row)
-        return (ops.linear_add(hidden, layer.down, layer.down_bias, x, by_row=by_row),)
+        hidden = ops.gated_linear(hidden, layer.gate, layer.gate_bias, layer.up, layer.up_bias, by_row=self.batch_invariant)
+        return (self._linear_add(hidden, layer.down, layer.down_bias, x),)
 
     def _predict(self, weights: ModelWeights, x: Tensor) -> tuple[Tensor, ...]:
         hidden = ops.rms_norm(x, weights.final_norm, self.config.rms_norm_eps)

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from polymux.actors.models.config import ArchConfig
+from polymux.actors.parallel.shards import cut, rank_config
 from polymux.actors.weights.checkpoint import Checkpoint, num_readers
 from polymux.actors.weights.image import ALIGNMENT, CHECK_BYTES, DTYPES, LAYOUTS, ImageManifest, TensorEntry, checksum, memory_of
-from polymux.actors.weights.parts import EMBEDDING, HEAD, parts_of
+from polymux.actors.weights.parts import EMBEDDING, HEAD, Part, parts_of
 from polymux.actors.weights.read_ahead import AHEAD_BYTES, ReadAhead, Reading
 from polymux.kernels import onednn
 from polymux.transport.errors import ConfigError
+from polymux.transport.messages import Shard
 
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}  # of a process that builds images: torch takes large tensors in huge pages, a tenth faster here
 
@@ -29,10 +33,15 @@ T = TypeVar("T")
 
 
 def build_image(checkpoint: Checkpoint, fd: int, *, dtype: str, layout: str) -> ImageManifest:
-    """Write the image of a checkpoint to a file or memfd, and describe it.
+    """The one image of a model that is not split."""
+    return build_images(checkpoint, (fd,), dtype=dtype, layout=layout)[0]
 
-    `layout` "onednn" and "auto" are "plain" where this CPU cannot multiply packed weights of `dtype`. The file is cut to the image's size.
-    Raises ConfigError for a layout or dtype that there is not, CheckpointError from the checkpoint's reader, and OSError; nothing writes to
+
+def build_images(checkpoint: Checkpoint, fds: Sequence[int], *, dtype: str, layout: str) -> tuple[ImageManifest, ...]:
+    """Write the images of a checkpoint's ranks, one for each file or memfd, and describe them. They are of equal size.
+
+    `layout` "onednn" and "auto" are "plain" where this CPU cannot multiply packed weights of `dtype`. A file is cut to its image's size.
+    Raises ConfigError for a layout or dtype that there is not and for a model that so many ranks cannot share, CheckpointError from the checkpoint's reader, and OSError; nothing writes to
     the file any more then.
     """
     if layout not in ("auto", *LAYOUTS) or dtype not in DTYPES:
@@ -40,33 +49,42 @@ def build_image(checkpoint: Checkpoint, fd: int, *, dtype: str, layout: str) -> 
             f"no weight image of layout {layout!r} and dtype {dtype!r}: layouts are auto, plain, onednn; dtypes {', '.join(DTYPES)}"
         )
     can_pack = layout != "plain" and onednn.is_available(DTYPES[dtype])
-    as_built = _Form(dtype, "onednn" if can_pack else "plain", is_tied=checkpoint.config.tie_word_embeddings)
-    groups = parts_of(checkpoint.config)
+    config = checkpoint.config
+    shards = [Shard(rank=rank, num_ranks=len(fds)) for rank in range(len(fds))]
+    rank_config(config, len(fds))
+    as_built = _Form(dtype, "onednn" if can_pack else "plain", config)
+    groups = parts_of(config)
     num_threads = num_readers()
     pool = ThreadPoolExecutor(num_threads, "polymux-build", onednn.use_one_thread)
     try:
         reader = ReadAhead(checkpoint, [part for group in groups for part in group], pool)
-        blocks = _in_order((pool.submit(as_built.blocks_of, reading) for reading in reader), num_threads)
-        writer = _Writer(fd, pool)
-        bounds = []
+        parts = _in_order((pool.submit(as_built.blocks_of, reading, shards) for reading in reader), num_threads)
+        writers = [_Writer(fd, pool) for fd in fds]
         for group in groups:
-            start = writer.end
+            for writer in writers:
+                writer.begin_group()
             for _ in group:
-                for block in next(blocks):
-                    writer.append(block)
-            bounds.append((start, writer.end - start))
-        entries = writer.finish()
+                for writer, blocks in zip(writers, next(parts), strict=True):
+                    for block in blocks:
+                        writer.append(block)
+        entries = [writer.finish() for writer in writers]
         digest = reader.digest
     finally:
         pool.shutdown(cancel_futures=True)
-    return ImageManifest(
-        digest=digest,
-        config_json=checkpoint.config_json,
-        dtype=dtype,
-        layout=as_built.layout,
-        nbytes=writer.end,
-        entries=entries,
-        groups=tuple(bounds),
+    if len({writer.end for writer in writers}) > 1:
+        raise ConfigError(f"the {len(fds)} ranks' images differ in size; take engine.weight_layout=plain")
+    return tuple(
+        ImageManifest(
+            digest=digest,
+            config_json=checkpoint.config_json,
+            dtype=dtype,
+            layout=as_built.layout,
+            nbytes=writer.end,
+            entries=found,
+            groups=writer.groups,
+            shard=shard,
+        )
+        for writer, found, shard in zip(writers, entries, shards, strict=True)
     )
 
 
@@ -97,11 +115,15 @@ class _Form:
 
     dtype: str
     layout: str
-    is_tied: bool
+    config: ArchConfig
 
-    def blocks_of(self, reading: Reading) -> list[_Block]:
-        part, tensor = reading.part, reading.joined(DTYPES[self.dtype])
-        is_table = part.name == HEAD and self.is_tied
+    def blocks_of(self, reading: Reading, shards: Sequence[Shard]) -> list[list[_Block]]:
+        """One part's blocks, for each rank."""
+        whole = reading.joined(DTYPES[self.dtype])
+        return [self._blocks_of(reading.part, cut(self.config, reading.part.name, whole, shard)) for shard in shards]
+
+    def _blocks_of(self, part: Part, tensor: Tensor) -> list[_Block]:
+        is_table = part.name == HEAD and self.config.tie_word_embeddings
         if not part.is_linear or self.layout == "plain" or not onednn.pays_off(tensor):
             entry = self._entry(part.name, tensor, "plain")
             return [_Block(entry, memory_of(tensor), tensor, replace(entry, name=EMBEDDING) if is_table else None)]
@@ -135,9 +157,17 @@ class _Writer:
     fd: int
     pool: Executor
     end: int = 0
+    _starts: list[int] = field(default_factory=list)  # of the groups
     _entries: list[TensorEntry] = field(default_factory=list)  # without their checksums
     _checksums: dict[int, list[Future[bytes]]] = field(default_factory=dict)  # by offset, of each piece
     _behind: deque[Future[bytes]] = field(default_factory=deque)
+
+    def begin_group(self) -> None:
+        self._starts.append(self.end)
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        return tuple((start, end - start) for start, end in pairwise([*self._starts, self.end]))
 
     def append(self, block: _Block) -> None:
         offset, data = self.end, block.data

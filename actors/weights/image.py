@@ -18,13 +18,13 @@ from blake3 import blake3
 from torch import Tensor
 
 from polymux.transport.errors import CheckpointError, WireError
-from polymux.transport.messages import ITEM_BYTES
+from polymux.transport.messages import ITEM_BYTES, WHOLE, Shard
 from polymux.transport.units import KIB, MIB
 
 ALIGNMENT = 256  # bytes, of every entry
 LAYOUTS = ("plain", "onednn")
 ENTRY_LAYOUTS = (*LAYOUTS, "rows")  # rows: the packed head seen as an embedding, of shape `onednn.row_view`
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 MAX_MANIFEST_BYTES = 64 * MIB
 MAX_METADATA_BYTES = 16 * KIB
 CHECK_BYTES = 4 * MIB  # of an entry, under one checksum
@@ -57,10 +57,11 @@ class ImageManifest:
     nbytes: int
     entries: tuple[TensorEntry, ...]
     groups: tuple[tuple[int, int], ...]
+    shard: Shard = WHOLE  # which rank's part of the model this is
 
     def to_bytes(self) -> bytes:
         entries = [[getattr(entry, item.name) for item in fields(TensorEntry)] for entry in self.entries]
-        head = [self.digest, self.config_json, self.dtype, self.layout, self.nbytes]
+        head = [self.digest, self.config_json, self.dtype, self.layout, self.nbytes, self.shard.rank, self.shard.num_ranks]
         return bytes(msgpack.packb([MANIFEST_VERSION, *head, entries, self.groups]))
 
     @classmethod
@@ -72,9 +73,9 @@ class ImageManifest:
             values = msgpack.unpackb(data, use_list=False)
         except ValueError as error:
             raise WireError(f"a weight manifest is not msgpack: {error}") from error
-        if not isinstance(values, tuple) or len(values) != 8 or values[0] != MANIFEST_VERSION:
+        if not isinstance(values, tuple) or len(values) != 10 or values[0] != MANIFEST_VERSION:
             raise WireError(f"a weight manifest is not of version {MANIFEST_VERSION}; sender and receiver must run the same release")
-        _, digest, config_json, dtype, layout, nbytes, entries, groups = values
+        _, digest, config_json, dtype, layout, nbytes, rank, num_ranks, entries, groups = values
         for name, value, kind in (
             ("digest", digest, str),
             ("config_json", config_json, str),
@@ -85,10 +86,20 @@ class ImageManifest:
         _check(dtype in ITEM_BYTES, "dtype", dtype)
         _check(layout in LAYOUTS, "layout", layout)
         _check(_is_size(nbytes), "nbytes", nbytes)
+        _check(_is_size(rank) and _is_size(num_ranks) and rank < num_ranks, "shard", (rank, num_ranks))
         for group in groups:
             _check(isinstance(group, tuple) and len(group) == 2 and all(map(_is_size, group)) and sum(group) <= nbytes, "groups", group)
         parsed = tuple(_parse_entry(entry, nbytes) for entry in entries)
-        return cls(digest=digest, config_json=config_json, dtype=dtype, layout=layout, nbytes=nbytes, entries=parsed, groups=groups)
+        return cls(
+            digest=digest,
+            config_json=config_json,
+            dtype=dtype,
+            layout=layout,
+            nbytes=nbytes,
+            entries=parsed,
+            groups=groups,
+            shard=Shard(rank=rank, num_ranks=num_ranks),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymux.transport.errors import LayoutMismatch
@@ -22,6 +22,7 @@ def layouts(draw: st.DrawFn) -> tuple[KVLayout, KVLayout]:
     return sharded(model, draw(st.sampled_from(able))), sharded(model, draw(st.sampled_from(able)))
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_ranks_hold_every_head_and_neighbours_hold_the_same(pair: tuple[KVLayout, KVLayout]) -> None:
     layout = pair[0]
@@ -31,6 +32,7 @@ def test_ranks_hold_every_head_and_neighbours_hold_the_same(pair: tuple[KVLayout
     assert all(held[rank] == held[rank - rank % num_holders(layout)] for rank in range(layout.num_ranks))
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_a_plan_gives_each_target_head_the_right_one_exactly_once(pair: tuple[KVLayout, KVLayout]) -> None:
     source, target = pair
@@ -43,6 +45,7 @@ def test_a_plan_gives_each_target_head_the_right_one_exactly_once(pair: tuple[KV
     assert got == {(rank, i): head for rank in range(target.num_ranks) for i, head in enumerate(heads_of(target, rank))}
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_ranks_of_the_same_heads_share_the_giving(pair: tuple[KVLayout, KVLayout]) -> None:
     source, target = pair
@@ -52,6 +55,7 @@ def test_ranks_of_the_same_heads_share_the_giving(pair: tuple[KVLayout, KVLayout
         assert len(set(used.values())) == 1
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_a_wrong_plan_is_refused(pair: tuple[KVLayout, KVLayout]) -> None:
     source, target = pair

@@ -1,0 +1,77 @@
+"""What the ranks of an instance say to each other within a step: sums and gathers that end, or fail with RankLost, within a deadline.
+
+Every rank calls the same operations in the same order. Once one has failed nothing can be known of the other ranks' state: the instance is
+fenced, and only a new one goes on.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polymux.transport.errors import RankLost
+
+
+class Collectives(Protocol):
+    """Of one rank. Not thread-safe; tensors are contiguous. Every method raises RankLost when a rank is gone or silent for too long."""
+
+    rank: int
+    num_ranks: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, the same bits on each; may be `x` itself, overwritten."""
+
+    def gather(self, x: Tensor) -> tuple[Tensor, ...]:
+        """On rank 0 every rank's `x`, in their order; on the others nothing."""
+
+
+class GlooCollectives:
+    """Over TCP on this host, by torch's gloo. `path` names a file that only these ranks know, through which they find each other."""
+
+    def __init__(self, path: str, rank: int, num_ranks: int, timeout_s: float, *, in_order: bool = False) -> None:
+        """`in_order`: sums do not depend on where in the tensor a number stands, as `batch_invariant` wants it; dearer from 3 ranks on.
+
+        Returns when every rank has come. Raises RankLost when one does not.
+        """
+        self.rank, self.num_ranks = rank, num_ranks
+        self._in_order = in_order and num_ranks > 2  # two numbers have one sum
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        try:
+            store = dist.FileStore(path, num_ranks)
+            store.set_timeout(timedelta(seconds=timeout_s))
+            self._group = dist.ProcessGroupGloo(store, rank, num_ranks, options)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        try:
+            if not self._in_order:
+                self._group.allreduce([x]).wait()
+                return x
+            parts = [torch.empty_like(x) for _ in range(self.num_ranks)]
+            self._group.allgather([parts], [x]).wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def gather(self, x: Tensor) -> tuple[Tensor, ...]:
+        parts = [torch.empty_like(x) for _ in range(self.num_ranks)] if self.rank == 0 else []
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        try:
+            self._group.gather([parts] if parts else [], [x], options).wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return tuple(parts)
+
+    def _lost(self, error: RuntimeError) -> RankLost:
+        return RankLost(f"rank {self.rank} of {self.num_ranks} heard no more of the others: {str(error).splitlines()[0][-160:]}")
