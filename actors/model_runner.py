@@ -50,7 +50,9 @@ class ForwardBatch:
 class ModelRunner:
     """One per worker. Not thread-safe: the engine thread owns it."""
 
-    def __init__(self, *, batch_invariant: bool = False, device: torch.device | str = "cpu", collectives: Collectives | None = None) -> None:
+    def __init__(
+        self, *, batch_invariant: bool = False, device: torch.device | str = "cpu", collectives: Collectives | None = None
+    ) -> None:
         """`collectives`: with the other ranks, of which this is one."""
         self.batch_invariant = batch_invariant
         self.device = torch.device(device)
@@ -79,7 +81,6 @@ class ModelRunner:
         if skeleton is None:
             skeleton = self._skeletons[whole, dtype] = self._make(whole, dtype)
         return BoundModel(skeleton, bind_weights(config, manifest, weights), PagedCache(kv), self.device)
-
 
     def _check(self, shard: Shard) -> None:
         ranks = self._collectives

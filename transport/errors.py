@@ -129,7 +129,7 @@ class WorkerLost(PolymuxError):
 
 
 class RankLost(WorkerLost):
-    """A rank of an instance died, or did not answer within its deadline. The instance computes nothing any more; a new one takes its place."""
+    """A rank of an instance died, or did not answer in time. The instance computes nothing any more; a new one takes its place."""
 
 
 class NonFiniteLogits(PolymuxError):

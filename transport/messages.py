@@ -81,10 +81,6 @@ class Shard:
     rank: int
     num_ranks: int
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.num_ranks:
-            raise ValueError(f"rank {self.rank} is not one of {self.num_ranks}")
-
 
 WHOLE = Shard(rank=0, num_ranks=1)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from polymux.transport.messages import ErrorReport, Peer, Prefilled
+from polymux.transport.messages import ErrorReport, Peer, Prefilled, Shard
 from polymux.transport.units import Epoch, PackedIds, SequenceId, TransferId, WorkerId
 
 PROTOCOL_VERSION = 3
@@ -169,6 +169,7 @@ class Released:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     model: str
+    shard: Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

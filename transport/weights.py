@@ -2,7 +2,7 @@
 
     worker                         store
     handshake (kind "image")  -->
-    ImageRequest(model)       -->  builds or looks up the image, however long that takes within the worker's deadline
+    ImageRequest(model, rank) -->  builds or looks up the image, however long that takes within the worker's deadline
                               <--  ImageReply, the manifest's bytes, the descriptor; or Refusal(error)
     or handshake (kind "host_tier")
                               <--  HostTierTerms, the descriptor
@@ -26,6 +26,7 @@ from polymux.transport.errors import CheckpointError, PolymuxError, WireError
 from polymux.transport.frames import Steps, drive_blocking, frame, read_frame
 from polymux.transport.handshake import Introduction, accept, check_target, check_token, dial, from_report, report
 from polymux.transport.host_tier import OpenTier
+from polymux.transport.messages import WHOLE, Shard
 from polymux.transport.protocol import HostTierTerms, ImageReply, ImageRequest, PeerKind, Refusal
 from polymux.transport.units import MIB, Epoch, ModelName
 from polymux.transport.wire import MAX_BULK_BYTES, decode, decode_as, encode
@@ -61,7 +62,7 @@ class OpenImage:
 
 
 class ImageServer:
-    """`open_image(model)` returns the manifest and a descriptor that the server closes, or raises a PolymuxError, which travels.
+    """`open_image(model, shard)` returns the manifest and a descriptor that the server closes, or raises a PolymuxError, which travels.
 
     `open_tier()` returns the slab size and a descriptor of the node's host tier; None: the node has none.
 
@@ -72,7 +73,7 @@ class ImageServer:
         self,
         *,
         token: str,
-        open_image: Callable[[ModelName], tuple[bytes, int]],
+        open_image: Callable[[ModelName, Shard], tuple[bytes, int]],
         open_tier: Callable[[], tuple[int, int]] | None = None,
         num_threads: int = 4,
         max_waiting: int = 64,
@@ -129,7 +130,7 @@ class ImageServer:
                 self._send_tier(sock)
                 return
             request = decode_as(ImageRequest, drive_blocking(read_frame(), sock, _HANDSHAKE_S))
-            self._send_image(sock, ModelName(request.model))
+            self._send_image(sock, ModelName(request.model), request.shard)
         except (PolymuxError, OSError) as error:
             log.info("image.refused error=%s", error)
 
@@ -145,9 +146,9 @@ class ImageServer:
         finally:
             os.close(fd)
 
-    def _send_image(self, sock: socket.socket, model: ModelName) -> None:
+    def _send_image(self, sock: socket.socket, model: ModelName, shard: Shard) -> None:
         try:
-            manifest, fd = self._open_image(model)
+            manifest, fd = self._open_image(model, shard)
         except Exception as error:
             if not isinstance(error, PolymuxError):
                 log.exception("image.failed model=%s", model)
@@ -163,15 +164,15 @@ class ImageServer:
             os.close(fd)
 
 
-def fetch_image(address: str, token: str, model: ModelName, deadline_s: float) -> OpenImage:
-    """Ask the node's store for a model's image; the caller closes the result.
+def fetch_image(address: str, token: str, model: ModelName, deadline_s: float, shard: Shard = WHOLE) -> OpenImage:
+    """Ask the node's store for a model's image, or for one rank's; the caller closes the result.
 
     Raises what the store raised, or PeerLost, TransferTimeout, AuthenticationFailed, WireError.
     """
     with dial_abstract(unix_name(address), deadline_s) as sock:
         intro = Introduction(kind=PeerKind.IMAGE, peer_id=str(os.getpid()), target=_TARGET, epoch=_EPOCH, body=b"")
         drive_blocking(dial(intro, token), sock, deadline_s)
-        reply, manifest = drive_blocking(_request(model), sock, deadline_s)
+        reply, manifest = drive_blocking(_request(model, shard), sock, deadline_s)
         fd = receive_fd(sock, deadline_s)
     size = os.fstat(fd).st_size
     if size < reply.image_bytes:
@@ -209,8 +210,8 @@ def _send(payload: bytes) -> Steps[None]:
     yield frame(payload)
 
 
-def _request(model: ModelName) -> Steps[tuple[ImageReply, bytes]]:
-    yield frame(encode(ImageRequest(model=model)))
+def _request(model: ModelName, shard: Shard) -> Steps[tuple[ImageReply, bytes]]:
+    yield frame(encode(ImageRequest(model=model, shard=shard)))
     reply = decode((yield from read_frame()))
     if isinstance(reply, Refusal):
         raise from_report(reply.error)

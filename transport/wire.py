@@ -52,6 +52,8 @@ _TAGS: dict[int, type] = {
     23: messages.Span,
     24: messages.LookBack,
     25: messages.WorkerTimeline,
+    26: messages.Shard,
+    27: messages.RankShape,
     64: protocol.Hello,
     65: protocol.Challenge,
     66: protocol.Answer,

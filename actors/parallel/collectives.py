@@ -7,7 +7,7 @@ fenced, and only a new one goes on.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,13 +39,13 @@ class GlooCollectives:
         """
         self.rank, self.num_ranks = rank, num_ranks
         self._in_order = in_order and num_ranks > 2  # two numbers have one sum
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         try:
-            store = dist.FileStore(path, num_ranks)
+            store = dist.FileStore(path, num_ranks)  # type: ignore[attr-defined]
             store.set_timeout(timedelta(seconds=timeout_s))
-            self._group = dist.ProcessGroupGloo(store, rank, num_ranks, options)
+            self._group: Any = dist.ProcessGroupGloo(store, rank, num_ranks, options)
         except RuntimeError as error:
             raise self._lost(error) from error
 

@@ -41,8 +41,8 @@ def build_images(checkpoint: Checkpoint, fds: Sequence[int], *, dtype: str, layo
     """Write the images of a checkpoint's ranks, one for each file or memfd, and describe them. They are of equal size.
 
     `layout` "onednn" and "auto" are "plain" where this CPU cannot multiply packed weights of `dtype`. A file is cut to its image's size.
-    Raises ConfigError for a layout or dtype that there is not and for a model that so many ranks cannot share, CheckpointError from the checkpoint's reader, and OSError; nothing writes to
-    the file any more then.
+    Raises ConfigError for a layout or dtype that there is not and for a model that so many ranks cannot share, CheckpointError from the
+    checkpoint's reader, and OSError; nothing writes to the files any more then.
     """
     if layout not in ("auto", *LAYOUTS) or dtype not in DTYPES:
         raise ConfigError(

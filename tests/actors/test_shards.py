@@ -107,7 +107,8 @@ def test_what_all_ranks_need_is_not_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"num_heads": 6}, "num_heads=6"), ({"intermediate_size": 18}, "intermediate_size=18"), ({"num_kv_heads": 3}, "3 KV")]
+    ("change", "named"),
+    [({"num_heads": 6}, "num_heads=6"), ({"intermediate_size": 18}, "intermediate_size=18"), ({"num_kv_heads": 3}, "3 KV")],
 )
 def test_a_model_that_ranks_cannot_share_is_refused_by_the_size_that_is_wrong(change: dict[str, int], named: str) -> None:
     with pytest.raises(ConfigError, match=named):

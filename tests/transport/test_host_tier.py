@@ -26,8 +26,8 @@ def leases_of(memory: TierMemory) -> SlabLeases:
 
 
 def serve(memory: TierMemory | None) -> ImageServer:
-    def no_image(model: str) -> tuple[bytes, int]:
-        raise AssertionError(model)
+    def no_image(*_: object) -> tuple[bytes, int]:
+        raise AssertionError
 
     return ImageServer(token=TOKEN, open_image=no_image, open_tier=memory.open if memory else None)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from polymux.transport.errors import AuthenticationFailed, CheckpointError, ModelNotFound, PeerLost, PolymuxError, TransferTimeout
+from polymux.transport.messages import Shard
 from polymux.transport.units import MIB, ModelName
 from polymux.transport.weights import ImageServer, fetch_image, read_image
 
@@ -42,7 +43,7 @@ def open_fds() -> int:
 
 def test_an_image_arrives_whole_with_its_manifest() -> None:
     content = os.urandom(3 * MIB + 17)
-    with serving(lambda _: (b"manifest" * 50_000, image_of(content))) as server, fetch_image(server.address, TOKEN, MODEL, 10) as image:
+    with serving(lambda *_: (b"manifest" * 50_000, image_of(content))) as server, fetch_image(server.address, TOKEN, MODEL, 10) as image:
         into = bytearray(len(content))
         read_image(image.fd, memoryview(into), 0, image.nbytes)
         assert image.manifest == b"manifest" * 50_000
@@ -56,13 +57,13 @@ def test_another_process_reads_the_same_memory() -> None:
         "read_image(image.fd, memoryview(into), 0, image.nbytes); print(sum(into))"
     )
     content = os.urandom(MIB)
-    with serving(lambda _: (b"", image_of(content))) as server:
+    with serving(lambda *_: (b"", image_of(content))) as server:
         ran = subprocess.run([sys.executable, "-c", code, server.address, TOKEN], check=True, capture_output=True, text=True, timeout=60)
     assert int(ran.stdout) == sum(content)
 
 
 def test_fetches_leave_no_descriptors_open() -> None:
-    with serving(lambda _: (b"x", image_of(b"y"))) as server:
+    with serving(lambda *_: (b"x", image_of(b"y"))) as server:
         fetch_image(server.address, TOKEN, MODEL, 10).close()
         before = open_fds()
         for _ in range(20):
@@ -74,7 +75,7 @@ def test_fetches_leave_no_descriptors_open() -> None:
 
 
 def test_the_store_s_typed_error_reaches_the_worker() -> None:
-    def refuse(model: ModelName) -> tuple[bytes, int]:
+    def refuse(model: ModelName, _: Shard) -> tuple[bytes, int]:
         raise ModelNotFound(f"no {model}", param="model")
 
     with serving(refuse) as server, pytest.raises(ModelNotFound, match="no m") as caught:
@@ -83,7 +84,7 @@ def test_the_store_s_typed_error_reaches_the_worker() -> None:
 
 
 def test_an_untyped_failure_of_the_store_is_reported_not_hung() -> None:
-    def crash(_: ModelName) -> tuple[bytes, int]:
+    def crash(*_: object) -> tuple[bytes, int]:
         raise KeyError("layers")
 
     with serving(crash) as server, pytest.raises(PolymuxError, match="layers"):
@@ -93,7 +94,7 @@ def test_an_untyped_failure_of_the_store_is_reported_not_hung() -> None:
 def test_a_wrong_token_gets_no_image() -> None:
     calls: list[ModelName] = []
 
-    def opened(model: ModelName) -> tuple[bytes, int]:
+    def opened(model: ModelName, _: Shard) -> tuple[bytes, int]:
         calls.append(model)
         return b"", image_of(b"y")
 
@@ -105,7 +106,7 @@ def test_a_wrong_token_gets_no_image() -> None:
 def test_a_slow_store_ends_in_a_timeout() -> None:
     release = threading.Event()
 
-    def slow(_: ModelName) -> tuple[bytes, int]:
+    def slow(*_: object) -> tuple[bytes, int]:
         release.wait(10)
         return b"", image_of(b"y")
 
@@ -118,7 +119,7 @@ def test_a_slow_store_ends_in_a_timeout() -> None:
 def test_a_full_store_hangs_up_at_once() -> None:
     entered, release = threading.Event(), threading.Event()
 
-    def slow(_: ModelName) -> tuple[bytes, int]:
+    def slow(*_: object) -> tuple[bytes, int]:
         entered.set()
         release.wait(10)
         return b"", image_of(b"y")
@@ -134,7 +135,7 @@ def test_a_full_store_hangs_up_at_once() -> None:
 
 
 def test_a_closed_store_is_a_lost_peer() -> None:
-    with serving(lambda _: (b"", image_of(b"y"))) as server:
+    with serving(lambda *_: (b"", image_of(b"y"))) as server:
         pass
     with pytest.raises(PeerLost):
         fetch_image(server.address, TOKEN, MODEL, 1)
