@@ -132,7 +132,7 @@ class CostFile:
             log.warning("costs.not_saved path=%s reason=%s", self.path, error)
 
 
-def device_kind(num_threads: int) -> str:
+def device_kind(num_threads: int, num_ranks: int = 1) -> str:
     """A file name for what a worker computes on: costs learned on one are right on another of this kind."""
     name = platform.processor() or platform.machine()
     try:
@@ -141,4 +141,5 @@ def device_kind(num_threads: int) -> str:
     except OSError:
         pass
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80]
-    return f"cpu-{slug}-{num_threads}-threads"
+    ranks = f"-{num_ranks}-ranks" if num_ranks > 1 else ""
+    return f"cpu-{slug}-{num_threads}-threads{ranks}"

@@ -6,8 +6,9 @@ It knows no roles and no network: the prefill and the decode role (`prefill.py`,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,14 +16,17 @@ from torch import Tensor
 
 from polymux.actors.arena import Arena
 from polymux.actors.device import DEVICES, CpuDevice, Device
-from polymux.actors.kv_blocks import BlockManager, BlockPool
+from polymux.actors.kv_blocks import BlockManager, BlockPool, kv_view
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.parallel.leader import Ranks
+from polymux.actors.parallel.weights import RankDevice, RankLoader
 from polymux.actors.prefix_cache import PrefixCache
 from polymux.actors.weights.load import ImageSource
+from polymux.actors.weights.loader import Loader
 from polymux.actors.weights.residency import Residency, Switch
 from polymux.disagg.eviction import plan_release
 from polymux.disagg.views import CachedView
-from polymux.transport.errors import ConfigError, ModelNotFound, PolymuxError
+from polymux.transport.errors import ConfigError, ModelNotFound, PolymuxError, RankLost
 from polymux.transport.messages import ModelSpec
 from polymux.transport.region import Region
 from polymux.transport.units import ModelName
@@ -72,19 +76,28 @@ class Engine:
         source: ImageSource,
         clock: Callable[[], float] = time.monotonic,
         device: Device | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`region` is the device's; without one, a CPU's."""
+        """`region` is the device's; without one, a CPU's. `ranks`: the others of this instance, whose rank 0 this is; closed with it."""
         self.settings = settings
         self.clock = clock
         self.device = device or CpuDevice()
+        self._ranks = ranks
+        if ranks is not None:
+            self.device = RankDevice(self.device, ranks)
         self.arena = Arena(region, weight_reserve_bytes=settings.weight_reserve_bytes, slab_bytes=settings.slab_bytes, device=self.device)
         self.blocks = BlockManager(self.arena)
         self.prefixes = PrefixCache(self.blocks, clock, is_enabled=settings.prefix_caching)
-        self.residency = Residency(self.arena, source, clock, on_leave=self._unbind)
+        make_loader = partial(RankLoader, ranks) if ranks is not None else Loader
+        self.residency = Residency(self.arena, source, clock, on_leave=self._unbind, make_loader=make_loader)
         self.reclaimers: list[Reclaimer] = [self.prefixes]  # who else keeps bytes that may save work
         self.arena.make_way = self._make_way
         self.specs: dict[ModelName, ModelSpec] = {}
-        self._runner = ModelRunner(batch_invariant=settings.batch_invariant, device=self.device.torch_device)
+        self._runner = ModelRunner(
+            batch_invariant=settings.batch_invariant,
+            device=self.device.torch_device,
+            collectives=ranks.collectives if ranks is not None else None,
+        )
         self._bound: dict[ModelName, BoundModel] = {}
         self.stalled_s = 0.0  # of the last forward pass: waiting for weights under way
 
@@ -137,8 +150,26 @@ class Engine:
         active, self.stalled_s = self.residency.active, 0.0
         if active is None:
             raise PolymuxError("no model is active: the last switch failed")
-        is_whole = self.residency.residents[active].load is None
-        return self._bind(active).forward(batch, on_layer, None if is_whole else self._await_layer)
+        model = self._bind(active)
+        before_layer = None if self.residency.residents[active].load is None else self._await_layer
+        if self._ranks is None:
+            return model.forward(batch, on_layer, before_layer)
+        return self._ranks.step(active, batch, lambda: model.forward(batch, on_layer, before_layer))
+
+    @property
+    def lost(self) -> RankLost | None:
+        """Why this engine will never compute again: a rank is gone. Safe from any thread."""
+        return self._ranks.lost if self._ranks is not None else None
+
+    def copy_kv(self, model: ModelName, source_ids: Sequence[int], target_ids: Sequence[int], layers: range) -> None:
+        """Copy layers of blocks to others, on every rank. A block that is its own target stays as it is."""
+        layout = self.spec(model).kv
+        others = self._ranks.regions if self._ranks is not None else ()
+        memories = [self.arena.memory, *(torch.frombuffer(region.buffer, dtype=torch.uint8) for region in others)]
+        for kv in (kv_view(memory, layout) for memory in memories):
+            for source, target in zip(source_ids, target_ids, strict=True):
+                if source != target:
+                    kv[target, layers.start : layers.stop] = kv[source, layers.start : layers.stop]
 
     def _await_layer(self, layer: int) -> None:
         self.stalled_s += self.residency.await_layer(layer)
@@ -176,8 +207,12 @@ class Engine:
 
     def _unbind(self, model: ModelName) -> None:
         self._bound.pop(model, None)
+        if self._ranks is not None and model not in self.residency.residents:  # else it only moved
+            self._ranks.drop(model)
 
     def close(self) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
         self.residency.close()
         self._bound.clear()
         self.device.close()

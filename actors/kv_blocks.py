@@ -23,6 +23,13 @@ from polymux.transport.messages import KVLayout
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def kv_view(memory: Tensor, layout: KVLayout) -> Tensor:
+    """One rank's memory, uint8 [nbytes], as the blocks of a layout: `[N, layer, 2, kv_head, slot, head_dim]`."""
+    num_blocks = memory.numel() // layout.block_bytes
+    flat = memory[: num_blocks * layout.block_bytes].view(TORCH_DTYPES[layout.dtype])
+    return flat.view(num_blocks, layout.num_layers, 2, layout.rank_kv_heads, layout.block_size, layout.head_dim)
+
+
 class SlabSource(Protocol):
     """One memory that is cut into slabs of equal size, whole ones of which are lent to the pools over it."""
 
@@ -92,10 +99,7 @@ class BlockPool:
     @property
     def kv(self) -> Tensor:
         """`[N, layer, 2, kv_head, slot, head_dim]`, a view of the whole memory; only the ids handed out may be touched."""
-        layout, source = self.layout, self._source
-        num_blocks = source.nbytes // layout.block_bytes
-        flat = source.memory[: num_blocks * layout.block_bytes].view(TORCH_DTYPES[layout.dtype])
-        return flat.view(num_blocks, layout.num_layers, 2, layout.rank_kv_heads, layout.block_size, layout.head_dim)
+        return kv_view(self._source.memory, self.layout)
 
     @property
     def slabs(self) -> list[int]:

@@ -89,10 +89,7 @@ class LocalOrders:
         if prefill is None:
             return False
         granted = unpack_ids(prefill.grant.block_ids)[first_block : first_block + len(src_block_ids)]
-        kv = self._engine.pool(prefill.model).kv
-        for source, target in zip(src_block_ids, granted, strict=True):
-            if source != target:
-                kv[target, layer_lo:layer_hi] = kv[source, layer_lo:layer_hi]
+        self._engine.copy_kv(prefill.model, src_block_ids, granted, range(layer_lo, layer_hi))
         return True
 
     def commit(self, ref: OrderRef, prefilled: Prefilled) -> bool:

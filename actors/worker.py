@@ -26,6 +26,7 @@ from polymux.actors.local_orders import LocalOrders
 from polymux.actors.mailbox import Mailbox
 from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
+from polymux.actors.parallel.leader import Ranks, RankSettings
 from polymux.actors.prefill import PrefillRole
 from polymux.actors.store_client import StoreClient
 from polymux.actors.turns import Turns, Work, by_model
@@ -45,6 +46,7 @@ from polymux.transport.messages import (
     Peer,
     Prefill,
     Role,
+    Shard,
     WorkerHello,
     WorkerReport,
     WorkerTimeline,
@@ -87,7 +89,9 @@ class WorkerSettings:
     token: str = field(repr=False)  # the cluster's shared secret
     store_address: str
     host: str = "127.0.0.1"
-    num_threads: int = 1
+    num_threads: int = 1  # of each rank
+    num_ranks: int = 1  # processes of this instance, which share every model; arena and engine are those of each
+    rank_timeout_s: float = 30.0  # a rank that answers no other for so long is lost, and the instance with it
     prefill_policy: str = "deadline"  # of `disagg.prefill`
     prefill_settings: tuple[tuple[str, float], ...] = ()
     decode_policy: str = "slack"  # of `disagg.turn_policies`
@@ -105,14 +109,16 @@ class Worker:
         self.settings = settings
         self._device = open_device(settings.engine.device)
         self._region = self._device.create(settings.arena_bytes)
-        self._store = StoreClient(settings.store_address, settings.token)
-        self._engine = Engine(self._region, settings.engine, self._store, device=self._device)
-        self._cost_file = CostFile(settings.costs_path, device_kind(settings.num_threads)) if settings.costs_path else None
+        self._store = StoreClient(settings.store_address, settings.token, Shard(rank=0, num_ranks=settings.num_ranks))
+        self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
+        self._ranks = Ranks(_rank_settings(settings), self._mailbox.wake) if settings.num_ranks > 1 else None
+        self._engine = Engine(self._region, settings.engine, self._store, device=self._device, ranks=self._ranks)
+        kind = device_kind(settings.num_threads, settings.num_ranks)
+        self._cost_file = CostFile(settings.costs_path, kind) if settings.costs_path else None
         self._meter = Meter(saved_costs=self._cost_file.load() if self._cost_file is not None else None)
         self._saved_s = self._engine.clock()
         self._engine.residency.on_loaded = self._meter.loaded
-        self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
-        self._tier = HostTier.attach(settings.store_address, settings.token)
+        self._tier = HostTier.attach(settings.store_address, settings.token) if self._ranks is None else None
         self._copier = Copier(self._mailbox.tell, copy=self._device.copy_blocks) if self._tier is not None else None
         if self._tier is not None and settings.engine.prefix_caching:
             self._engine.prefixes.host = HostPrefixes(self._tier, self._device.copy_blocks)
@@ -153,6 +159,7 @@ class Worker:
         self._source = self._make_source(hello.host_id)
         self._sink = KVSink(
             region=self._region,
+            followers=self._ranks.regions if self._ranks is not None else (),
             identity=peer,
             token=self.settings.token,
             on_event=lambda event: self._mailbox.tell(lambda: self._decode.kv_event(event)),
@@ -172,6 +179,7 @@ class Worker:
         source = KVSource(
             server=self._server,
             region=self._region,
+            followers=self._ranks.regions if self._ranks is not None else (),
             host_id=host_id,
             on_order=order,
             on_cancel=lambda ref, reason: self._mailbox.tell(lambda: self._prefill.cancel(ref, reason)),
@@ -192,7 +200,8 @@ class Worker:
         local.connect(self._prefill, self._decode)
 
     def add_model(self, spec: ModelSpec) -> None:
-        """Make a model known here. Raises ConfigError when it could never run in this arena."""
+        """Make a model known here. Raises ConfigError when it could never run in this arena, or has no weights for so many ranks."""
+        spec = spec.on_ranks(self.settings.num_ranks)
         self._engine.add_model(spec)
         self._meter.add_model(spec)
 
@@ -248,8 +257,21 @@ class Worker:
                 if not self._turn() and not self._rest() and not self._probe():
                     log.error("worker.probe_failed worker=%s", self.settings.worker_id)
                     return
+                if self._engine.lost is not None:
+                    self._give_up(self._engine.lost)
+                    return
         except Exception:
             log.exception("worker.engine_died worker=%s", self.settings.worker_id)
+
+    def _give_up(self, error: PolymuxError) -> None:
+        """Nothing will be computed here any more: everybody is told, and hung up on, and places anew what was here."""
+        self._prefill.fail_all(error)
+        self._decode.fail_all(error)
+        self._outbox.flush()
+        self._publish()
+        for end in (self._sink, self._source, self._server):
+            assert end is not None
+            end.close()
 
     def _rest(self) -> bool:
         """Wait for what comes. True when something did; a stop whose wake-up was drained with the rest counts."""
@@ -380,4 +402,19 @@ class Worker:
             pid=os.getpid(),
             arena_bytes=self.settings.arena_bytes,
             num_threads=self.settings.num_threads,
+            num_ranks=self.settings.num_ranks,
         )
+
+
+def _rank_settings(settings: WorkerSettings) -> RankSettings:
+    return RankSettings(
+        worker_id=settings.worker_id,
+        num_ranks=settings.num_ranks,
+        arena_bytes=settings.arena_bytes,
+        weight_reserve_bytes=settings.engine.weight_reserve_bytes,
+        num_threads=settings.num_threads,
+        batch_invariant=settings.engine.batch_invariant,
+        store_address=settings.store_address,
+        token=settings.token,
+        timeout_s=settings.rank_timeout_s,
+    )

@@ -369,9 +369,10 @@ class WorkerHello:
     address: str
     host_id: str
     pid: int
-    arena_bytes: int
+    arena_bytes: int  # of each rank
     num_threads: int
     epoch: Epoch | None = None
+    num_ranks: int = 1  # processes of this instance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

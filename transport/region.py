@@ -57,6 +57,16 @@ class Region:
         """Plain memory as a region: for tests and for a source whose process is the only reader."""
         return cls(memoryview(buffer).cast("B"), None)
 
+    @classmethod
+    def adopt(cls, fd: int, nbytes: int) -> Region:
+        """Another process's region, writable here too; the descriptor is the region's from now on. Raises ConfigError."""
+        try:
+            _check_size(fd, nbytes)
+            return cls(memoryview(mmap.mmap(fd, nbytes)), fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
     def read_only_fd(self) -> int:
         """A new descriptor through which the memory can be read and not written; the caller closes it."""
         if self.fd is None:
@@ -73,12 +83,16 @@ class Region:
 
 def map_read_only(fd: int, nbytes: int) -> memoryview:
     """Map a peer's region. Raises ConfigError when the descriptor is smaller than it claims or could shrink under us."""
+    _check_size(fd, nbytes)
+    return memoryview(mmap.mmap(fd, nbytes, prot=mmap.PROT_READ))
+
+
+def _check_size(fd: int, nbytes: int) -> None:
     size = os.fstat(fd).st_size
     if size < nbytes or nbytes <= 0:
         raise ConfigError(f"the peer's region is {size} bytes, not the {nbytes} that it announced")
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise ConfigError("the peer's region is not sealed against shrinking; make it with Region.create")
-    return memoryview(mmap.mmap(fd, nbytes, prot=mmap.PROT_READ))
 
 
 def drop_pages(view: memoryview) -> None:

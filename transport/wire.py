@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgpack
 
-from polymux.transport import messages, protocol
+from polymux.transport import messages, protocol, rank_messages
 from polymux.transport.errors import PolymuxError, WireError
 from polymux.transport.units import MIB, PackedIds
 
@@ -73,6 +73,18 @@ _TAGS: dict[int, type] = {
     80: protocol.ImageRequest,
     81: protocol.ImageReply,
     82: protocol.HostTierTerms,
+    96: rank_messages.StartRank,
+    97: rank_messages.RankStarted,
+    98: rank_messages.LoadImage,
+    99: rank_messages.ImageSeen,
+    100: rank_messages.HurryImage,
+    101: rank_messages.MoveImage,
+    102: rank_messages.DropImage,
+    103: rank_messages.AskDone,
+    104: rank_messages.Done,
+    105: rank_messages.StepSlice,
+    106: rank_messages.StepModel,
+    107: rank_messages.RankFailed,
 }
 _TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
 

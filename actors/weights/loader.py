@@ -27,7 +27,7 @@ class Loader:
 
     def begin(self, spec: ModelSpec, target: Target, *, is_urgent: bool) -> Load:
         """Bring the model's image into `target`."""
-        load = Load(spec, self._fetch, target, self.maps, self._changed, is_urgent=is_urgent, clock=self._clock)
+        load = self._make(spec, target, is_urgent=is_urgent)
         with self._changed:
             assert not self._is_closed, "the loader is closed"
             self._loads.append(load)
@@ -36,6 +36,9 @@ class Loader:
                 self._thread = threading.Thread(target=self._work, name="polymux-loader", daemon=True)
                 self._thread.start()
         return load
+
+    def _make(self, spec: ModelSpec, target: Target, *, is_urgent: bool) -> Load:
+        return Load(spec, self._fetch, target, self.maps, self._changed, is_urgent=is_urgent, clock=self._clock)
 
     def hurry(self, load: Load) -> None:
         """Somebody waits for it now."""

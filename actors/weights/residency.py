@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polymux.actors.arena import Arena, Span
 from polymux.actors.weights.image import ImageManifest
-from polymux.actors.weights.load import ImageSource, Load
+from polymux.actors.weights.load import Fetch, ImageSource, Load
 from polymux.actors.weights.loader import Loader
 from polymux.disagg.eviction import EvictionPlan, Popularity, cost_s, plan_room, value
 from polymux.disagg.views import ArenaView, CachedView, ResidentView
@@ -29,7 +29,7 @@ from polymux.transport.units import ModelName
 log = logging.getLogger("polymux.residency")
 
 _SMOOTHING = 0.3  # weight of a new measurement of the copy's speed
-_FIRST_GROUPS = 2  # of an image: what comes before the layers, and the first of them
+FIRST_GROUPS = 2  # of an image: what comes before the layers, and the first of them
 
 
 @dataclass(slots=True)
@@ -89,6 +89,7 @@ class Residency:
     clock: Callable[[], float] = time.monotonic
     on_leave: Callable[[ModelName], None] = lambda _: None  # the weights are no longer where they were
     on_loaded: Callable[[Loaded], None] = lambda _: None
+    make_loader: Callable[[Fetch, Callable[[], float], ImageMaps], Loader] = Loader
     residents: dict[ModelName, Resident] = field(default_factory=dict)
     popularity: dict[ModelName, Popularity] = field(default_factory=dict)
     active: ModelName | None = None
@@ -99,7 +100,7 @@ class Residency:
 
     def __post_init__(self) -> None:
         maps = ImageMaps(self.arena.device.keep_images_s, self.arena.device.forget_image)
-        self.loader = Loader(lambda model: self.source.fetch(model), self.clock, maps)
+        self.loader = self.make_loader(lambda model: self.source.fetch(model), self.clock, maps)
 
     # -- the switch ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class Residency:
         try:
             resident = self.residents.get(spec.model) or self._begin(spec, self._plan_switch(spec, wanted), evicted, is_urgent=True)
             load = resident.load
-            waited_s = self._wait(resident, _FIRST_GROUPS)
+            waited_s = self._wait(resident, FIRST_GROUPS)
         except BaseException:
             self._restore(former, spec.model)
             raise
@@ -148,7 +149,7 @@ class Residency:
         if resident.load is None:
             return 0.0
         try:
-            num_groups = layer + _FIRST_GROUPS
+            num_groups = layer + FIRST_GROUPS
             is_last = num_groups >= len(resident.manifest.groups)
             return self._wait(resident, None if is_last and not resident.load.is_async else num_groups)
         except BaseException:
@@ -177,10 +178,14 @@ class Residency:
         for resident in [r for r in self.residents.values() if r.load is not None]:
             load = resident.load
             assert load is not None
+            try:
+                is_there = load.is_everywhere
+            except PolymuxError as reason:
+                load.error = load.error or reason
             if load.error is not None and resident.spec.model != self.active:
                 log.warning("prefetch.failed model=%s error=%s", resident.spec.model, load.error)
                 self.evict(resident.spec.model)
-            elif load.is_finished:
+            elif load.error is None and is_there:
                 self._settle(resident, load)
 
     def evict(self, model: ModelName) -> None:
@@ -250,7 +255,7 @@ class Residency:
         waited_s = resident.load.wait(num_groups)
         resident.load.order(num_groups)
         self._waited_s[resident.spec.model] = self._waited_s.get(resident.spec.model, 0.0) + waited_s
-        if resident.load.is_finished:
+        if resident.load.is_everywhere:
             self._settle(resident, resident.load)
         return waited_s
 

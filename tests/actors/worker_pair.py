@@ -39,24 +39,29 @@ class Pair:
         kv: KVSettings,
         keep_s: float,
         host_kv_bytes: int,
+        ranks: tuple[int, int],
+        rank_timeout_s: float,
         engine: dict[str, Any],
     ) -> None:
         self._engine = engine
         self._keep_s = keep_s
         self._kv = kv
+        self._rank_timeout_s = rank_timeout_s
         torch.set_num_threads(1)
         self.store = StoreServer(budget_bytes=64 * MIB, layout="auto", token=TOKEN, kv_bytes=host_kv_bytes)
         self.specs = {
-            name: self.store.register(ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192))
+            name: self.store.register(
+                ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192, degrees=tuple(sorted(set(ranks))))
+            )
             for name in NAMES
         }
         self._ids = itertools.count()
         self._received: dict[str, asyncio.Queue[SequenceUpdate]] = {}
         reserve = sum(spec.weight_bytes for spec in self.specs.values()) + MIB
-        self.prefill = self._worker(Role.PREFILL, reserve, prefill_kv_bytes)
-        self.decode = self._worker(Role.DECODE, reserve, decode_kv_bytes)
+        self.prefill = self._worker(Role.PREFILL, reserve, prefill_kv_bytes, ranks[0])
+        self.decode = self._worker(Role.DECODE, reserve, decode_kv_bytes, ranks[1])
 
-    def _worker(self, role: Role, reserve: int, kv_bytes: int) -> Worker:
+    def _worker(self, role: Role, reserve: int, kv_bytes: int, num_ranks: int) -> Worker:
         worker = Worker(
             WorkerSettings(
                 worker_id=WorkerId(role),
@@ -67,6 +72,8 @@ class Pair:
                 store_address=self.store.address,
                 kv=self._kv,
                 keep_s=self._keep_s,
+                num_ranks=num_ranks,
+                rank_timeout_s=self._rank_timeout_s,
             )
         )
         hello = worker.start()
@@ -164,15 +171,19 @@ async def running_pair(
     kv: KVSettings | None = None,
     keep_s: float = KEEP_S,
     host_kv_bytes: int = 0,
+    ranks: tuple[int, int] = (1, 1),
+    rank_timeout_s: float = 30.0,
     **engine: Any,
 ) -> AsyncIterator[Pair]:
-    """`engine`: its settings, other than the pair's own."""
+    """`ranks`: of the prefill and of the decode instance. `engine`: its settings, other than the pair's own."""
     pair = Pair(
         prefill_kv_bytes=prefill_kv_bytes,
         decode_kv_bytes=decode_kv_bytes,
         kv=kv or KVSettings(),
         keep_s=keep_s,
         host_kv_bytes=host_kv_bytes,
+        ranks=ranks,
+        rank_timeout_s=rank_timeout_s,
         engine=engine,
     )
     readers = await pair.connect()

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymux.transport import messages, protocol, wire
+from polymux.transport import messages, protocol, rank_messages, wire
 from polymux.transport.errors import WireError
 from polymux.transport.messages import Cancel, ErrorReport, Prefilled, SamplingParams, SequenceUpdate, TokenFrame
 from polymux.transport.units import Epoch, PackedIds, SequenceId, WorkerId, pack_ids
@@ -67,7 +67,7 @@ def test_every_message_comes_back_equal_and_of_equal_types(cls: type) -> None:
 
 
 def test_every_message_that_crosses_a_process_has_a_tag() -> None:
-    here = [member for module in (messages, protocol) for _, member in inspect.getmembers(module, inspect.isclass)]
+    here = [member for module in (messages, protocol, rank_messages) for _, member in inspect.getmembers(module, inspect.isclass)]
     crossing = {cls for cls in here if dataclasses.is_dataclass(cls)}
     assert len(crossing) > 30
     assert {cls.__name__ for cls in crossing} == {cls.__name__ for cls in wire._TAG_OF}

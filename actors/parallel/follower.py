@@ -1,0 +1,182 @@
+"""A rank other than the first: a process with an arena and a model runner, which does what rank 0 says, step by step.
+
+It decides nothing. Its arena is rank 0's twin: weights lie at the offsets and KV in the blocks that rank 0 names. It ends when rank 0 does:
+at the end of their connection, which a thread of its own watches, since the main one may be in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from polymux.actors.device import CpuDevice
+from polymux.actors.kv_blocks import kv_view
+from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.parallel.channel import RankChannel
+from polymux.actors.parallel.collectives import GlooCollectives
+from polymux.actors.store_client import StoreClient
+from polymux.actors.weights.load import Load
+from polymux.actors.weights.loader import Loader
+from polymux.actors.weights.residency import FIRST_GROUPS
+from polymux.transport.errors import PeerLost, PolymuxError, WireError
+from polymux.transport.handshake import report
+from polymux.transport.messages import ModelSpec
+from polymux.transport.rank_messages import (
+    AskDone,
+    Done,
+    DropImage,
+    HurryImage,
+    ImageSeen,
+    LoadImage,
+    MoveImage,
+    RankFailed,
+    RankStarted,
+    StartRank,
+    StepModel,
+)
+from polymux.transport.units import ModelName, unpack_ids
+
+log = logging.getLogger("polymux.rank")
+
+HELLO_S = 30.0  # for rank 0 to say what this process is
+SEND_S = 10.0  # for rank 0 to read an answer
+
+
+@dataclass(slots=True)
+class _Resident:
+    """One model's weights here, or on their way."""
+
+    spec: ModelSpec
+    offset: int
+    load: Load
+    bound: BoundModel | None = None
+
+
+class Follower:
+    """Commands come through `channel`; `serve` returns when rank 0 is gone, and raises what makes it impossible to go on."""
+
+    def __init__(self, channel: RankChannel, start: StartRank) -> None:
+        self._channel = channel
+        self._device = CpuDevice()
+        self._region = self._device.create(start.arena_bytes)
+        self._memory = self._device.tensor(self._region)
+        self._device.use_for_weights(self._region, start.weight_reserve_bytes)
+        self._loader = Loader(StoreClient(start.store_address, start.token, start.shard).fetch)
+        self._residents: dict[ModelName, _Resident] = {}
+        channel.send(RankStarted(pid=os.getpid()))
+        assert self._region.fd is not None
+        channel.send_fd(self._region.fd)
+        shard = start.shard
+        ranks = GlooCollectives(start.rendezvous, shard.rank, shard.num_ranks, start.timeout_s, in_order=start.batch_invariant)
+        self._runner = ModelRunner(batch_invariant=start.batch_invariant, collectives=ranks)
+
+    def serve(self) -> None:
+        while True:
+            try:
+                command = self._channel.receive()
+            except PeerLost:
+                return
+            self._obey(command)
+
+    def _obey(self, command: object) -> None:
+        match command:
+            case StepModel():
+                self._step(command)
+            case LoadImage():
+                self._load(command)
+            case HurryImage():
+                self._loader.hurry(self._residents[command.model].load)
+            case MoveImage():
+                self._move(command)
+            case DropImage():
+                self._residents.pop(command.model).load.cancel()
+            case AskDone():
+                self._channel.send(Done(number=command.number))
+            case _:
+                raise WireError(f"rank 0 must not send {type(command).__name__}")
+
+    def _load(self, command: LoadImage) -> None:
+        spec = command.spec
+        assert spec.model not in self._residents, f"{spec.model} is resident here already"
+        target = self._device.target(self._region, command.offset, spec.weight_bytes)
+        load = self._loader.begin(spec, target, is_urgent=command.is_urgent)
+        self._residents[spec.model] = _Resident(spec, command.offset, load)
+        threading.Thread(target=self._see, args=(command.load, load), name="polymux-see", daemon=True).start()
+
+    def _see(self, number: int, load: Load) -> None:
+        """Tell rank 0 when the first layer of a load is there, or why it never will be."""
+        try:
+            load.wait(FIRST_GROUPS, helps=False)
+            self._channel.send(ImageSeen(load=number, error=None))
+        except PolymuxError as error:
+            if not isinstance(error, PeerLost):
+                self._channel.send(ImageSeen(load=number, error=report(error)))
+
+    def _move(self, command: MoveImage) -> None:
+        self._device.move(self._region, command.source, command.target, command.nbytes)
+        for resident in self._residents.values():
+            if resident.offset == command.source:
+                resident.offset, resident.bound = command.target, None
+
+    def _step(self, command: StepModel) -> None:
+        resident = self._residents[command.model]
+        load = resident.load
+        if resident.bound is None:
+            load.wait(FIRST_GROUPS)
+            weights = self._memory[resident.offset : resident.offset + resident.spec.weight_bytes]
+            resident.bound = self._runner.bind(load.manifest, weights, kv_view(self._memory, resident.spec.kv))
+        num_groups = len(load.manifest.groups)
+
+        def await_layer(layer: int) -> None:
+            wanted = layer + FIRST_GROUPS
+            load.wait(wanted if wanted < num_groups else None)
+
+        resident.bound.forward(batch_of(command), None, None if load.is_finished else await_layer)
+
+
+def batch_of(command: StepModel) -> ForwardBatch:
+    """Undo `leader.step_of`."""
+    slices, start = [], 0
+    for one in command.slices:
+        ids = unpack_ids(one.block_ids)
+        slices.append(SequenceSlice(start=start, num_tokens=one.num_tokens, context_len=one.context_len, block_ids=ids))
+        start += one.num_tokens
+    rows = None if command.logits_rows is None else torch.tensor(unpack_ids(command.logits_rows), dtype=torch.int64)
+    token_ids = torch.tensor(unpack_ids(command.token_ids), dtype=torch.int64)
+    return ForwardBatch(token_ids=token_ids, slices=tuple(slices), logits_rows=rows)
+
+
+def end_with(channel: RankChannel) -> None:
+    """End this process when the other side of the channel is gone, whatever it is doing."""
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLRDHUP)
+    poll.poll()
+    os._exit(0)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    channel = RankChannel(socket.socket(fileno=int(sys.argv[1])), SEND_S)
+    start = channel.receive(HELLO_S)
+    if not isinstance(start, StartRank):
+        raise WireError(f"rank 0 must begin with StartRank, not {type(start).__name__}")
+    threading.Thread(target=end_with, args=(channel,), name="polymux-watch", daemon=True).start()
+    torch.set_num_threads(start.num_threads)
+    try:
+        Follower(channel, start).serve()
+    except Exception as error:
+        log.exception("rank.failed worker=%s rank=%d", start.worker_id, start.shard.rank)
+        known = error if isinstance(error, PolymuxError) else PolymuxError(f"{type(error).__name__}: {error}")
+        channel.send(RankFailed(error=report(known)))
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
