@@ -66,7 +66,6 @@ def _run(q: Tensor, kv: Tensor, layer: int, plan: AttendPlan, launch: Launch, sc
         scale * math.log2(math.e),
         plan.window or 0,
         IS_WINDOWED=plan.window is not None,
-        ONE_LOOP=config.one_loop,
         GROUP=q.shape[1] // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
@@ -75,10 +74,11 @@ def _run(q: Tensor, kv: Tensor, layer: int, plan: AttendPlan, launch: Launch, sc
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _attend(
     q,
     kv,
@@ -99,7 +99,6 @@ def _attend(
     scale,  # in powers of two
     window,
     IS_WINDOWED: tl.constexpr,
-    ONE_LOOP: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -132,28 +131,31 @@ def _attend(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    # Between `clear` and `edge` every row sees every key, so nothing is masked there.
-    clear, edge = end, end
-    if not ONE_LOOP:
-        last_position = context + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // GROUP
-        clear = begin
-        if IS_WINDOWED:
-            clear = tl.minimum(tl.maximum(tl.cdiv(last_position - window + 1, BLOCK_N) * BLOCK_N, begin), end)
-        edge = tl.minimum(tl.maximum((context + first_row // GROUP + 1) // BLOCK_N * BLOCK_N, clear), end)
-    if ONE_LOOP or IS_WINDOWED:
-        acc, peak, total = _over_keys(
-            acc, peak, total, queries, position, table, k_base, begin, clear, end, window, scale, stride_block, stride_kv, stride_slot,
-            True, IS_WINDOWED, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
-        )  # fmt: skip
-    if not ONE_LOOP:
-        acc, peak, total = _over_keys(
-            acc, peak, total, queries, position, table, k_base, clear, edge, end, window, scale, stride_block, stride_kv, stride_slot,
-            False, IS_WINDOWED, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
-        )  # fmt: skip
-        acc, peak, total = _over_keys(
-            acc, peak, total, queries, position, table, k_base, edge, end, end, window, scale, stride_block, stride_kv, stride_slot,
-            True, IS_WINDOWED, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
-        )  # fmt: skip
+    # Tiles of keys between `clear` and `edge` are seen by every row.
+    last_position = context + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // GROUP
+    clear = tl.maximum(begin, last_position - window + 1) if IS_WINDOWED else begin
+    edge = tl.minimum(end, context + first_row // GROUP + 1)
+    for first in tl.range(begin, end, BLOCK_N):
+        key = first + tl.arange(0, BLOCK_N)
+        block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+        places = k_base + (block * stride_block + key % BLOCK_SIZE * stride_slot)[:, None] + dim[None, :]
+        # What is masked is loaded as zero: a stale NaN times a weight of zero is a NaN.
+        held = (key < end)[:, None] & (dim < HEAD_DIM)[None, :]
+        k = tl.load(places, mask=held, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+        if (first < clear) | (first + BLOCK_N > edge):
+            seen = (key[None, :] <= position[:, None]) & (key < end)[None, :]
+            if IS_WINDOWED:
+                seen = seen & (key[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+        level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.math.exp2(scores * scale - level[:, None])
+        decay = tl.math.exp2(peak - level)
+        total = total * decay + tl.sum(weights, 1)
+        v = tl.load(places + stride_kv, mask=held, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        peak = new_peak
 
     results = out + (token * stride_out_token + query_head * stride_out_head)[:, None] + dim[None, :]
     if num_parts == 1:
@@ -172,60 +174,6 @@ def _attend(
             acc, total = _combined(partials, first_part, num_parts, head, BLOCK_M, BLOCK_D)
             tl.store(results, _normalised(acc, total), mask=kept)
             tl.store(counter, 0)
-
-
-@triton.jit
-def _over_keys(
-    acc,
-    peak,
-    total,
-    queries,
-    position,
-    table,
-    k_base,
-    begin,
-    stop,
-    end,
-    window,
-    scale,
-    stride_block,
-    stride_kv,
-    stride_slot,
-    IS_MASKED: tl.constexpr,
-    IS_WINDOWED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Take keys [begin, stop) into the running sums; none at or past `end` is read."""
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    for first in tl.range(begin, stop, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        kept = dim < HEAD_DIM
-        if IS_MASKED:
-            block = tl.load(table + key // BLOCK_SIZE, mask=key < end, other=0)
-            kept = kept & (key < end)[:, None]
-        else:
-            block = tl.load(table + key // BLOCK_SIZE)
-        places = k_base + (block.to(tl.int64) * stride_block + key % BLOCK_SIZE * stride_slot)[:, None] + dim
-        # What is masked is loaded as zero: a stale NaN times a weight of zero is a NaN.
-        k = tl.load(places, mask=kept, other=0.0) if IS_MASKED or HEAD_DIM != BLOCK_D else tl.load(places)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
-        if IS_MASKED:
-            seen = (key[None, :] <= position[:, None]) & (key < end)[None, :]
-            if IS_WINDOWED:
-                seen = seen & (key[None, :] > position[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-        level = tl.where(new_peak == float("-inf"), 0.0, new_peak) if IS_MASKED else new_peak
-        weights = tl.math.exp2(scores * scale - level[:, None])
-        decay = tl.math.exp2(peak - level)
-        total = total * decay + tl.sum(weights, 1)
-        v = tl.load(places + stride_kv, mask=kept, other=0.0) if IS_MASKED or HEAD_DIM != BLOCK_D else tl.load(places + stride_kv)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        peak = new_peak
-    return acc, peak, total
 
 
 @triton.jit

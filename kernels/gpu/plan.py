@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polymux.kernels.gpu.config import MIN_SPLIT_KEYS, WAVES, decode_config, invariant_config, padded_dim, prefill_config
+from polymux.kernels.gpu.config import BLOCKS_PER_SM, MIN_SPLIT_KEYS, Chip, decode_config, invariant_config, padded_dim, prefill_config
 from polymux.kernels.gpu.staging import Staging, Words
 from polymux.kernels.gpu.work import ITEM_WORDS, Queries, Split, TileConfig, cut, num_parts, padding_items
 from polymux.kernels.paged import CacheShape, Span
@@ -64,18 +64,18 @@ class StepPlanner:
     """Builds the plans of one model's steps. The tensors of a plan live in the staging buffer and are overwritten by the next step's."""
 
     def __init__(
-        self, shape: CacheShape, num_heads: int, item_bytes: int, workspace: Workspace, *, num_sms: int, batch_invariant: bool = False
+        self, shape: CacheShape, num_heads: int, item_bytes: int, workspace: Workspace, *, chip: Chip, batch_invariant: bool = False
     ) -> None:
         self.shape = shape
         self._workspace = workspace
-        self._num_sms = num_sms
+        self._num_sms = chip.num_sms
         self._invariant = batch_invariant
         self._group = num_heads // shape.num_kv_heads
         self._decode = decode_config(shape.head_dim, item_bytes, self._group)
-        self._prefill = prefill_config(shape.head_dim, item_bytes)
+        self._prefill = prefill_config(shape.head_dim, item_bytes, chip)
         if batch_invariant:
             self._decode = self._prefill = invariant_config(shape.head_dim, item_bytes, self._group)
-        self._extra = 0 if batch_invariant else -(-WAVES * num_sms // shape.num_kv_heads)
+        self._extra = 0 if batch_invariant else -(-BLOCKS_PER_SM * chip.num_sms // shape.num_kv_heads)
 
     def num_words(self, num_rows: int, num_blocks: int, num_windows: int = 1) -> int:
         """Words of staging that any step of so many rows over so many blocks of context takes."""

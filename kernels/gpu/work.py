@@ -38,7 +38,6 @@ class TileConfig:
     block_n: int  # keys of one iteration
     num_warps: int
     num_stages: int
-    one_loop: bool  # mask every iteration: shorter code, which memory-bound launches prefer and exact repetition needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

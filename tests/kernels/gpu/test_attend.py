@@ -15,6 +15,7 @@ from torch import Tensor
 from polymux.actors.model_runner import SequenceSlice
 from polymux.kernels import reference
 from polymux.kernels.gpu.attend import attend
+from polymux.kernels.gpu.config import Chip
 from polymux.kernels.gpu.plan import StepPlan, StepPlanner, Workspace
 from polymux.kernels.gpu.staging import Staging
 from polymux.kernels.paged import CacheShape
@@ -69,7 +70,7 @@ class Step:
             case.kv_heads * case.group,
             self.kv.element_size(),
             Workspace(self.device, 1 << 20),
-            num_sms=case.num_sms,
+            chip=Chip(num_sms=case.num_sms, shared_bytes=Chip.of(self.device).shared_bytes),
             batch_invariant=case.batch_invariant,
         )
         num_blocks = sum(len(span.block_ids) for span in self.spans)

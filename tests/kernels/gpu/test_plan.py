@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymux.actors.model_runner import SequenceSlice
+from polymux.kernels.gpu.config import Chip
 from polymux.kernels.gpu.plan import StepPlanner, Workspace
 from polymux.kernels.gpu.staging import Staging
 from polymux.kernels.gpu.work import Queries, Split, TileConfig, cut, num_parts
 from polymux.kernels.paged import CacheShape
 
 CPU = torch.device("cpu")
-CONFIG = TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2, one_loop=True)
+CONFIG = TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2)
 
 
 def queries_of(sizes: list[tuple[int, int]]) -> Queries:
@@ -70,7 +71,7 @@ def test_even_contexts_are_cut_into_even_parts() -> None:
 
 
 def planner(workspace_bytes: int = 1 << 20) -> StepPlanner:
-    return StepPlanner(CacheShape(2, 2, 16, 64), 8, 2, Workspace(CPU, workspace_bytes), num_sms=16)
+    return StepPlanner(CacheShape(2, 2, 16, 64), 8, 2, Workspace(CPU, workspace_bytes), chip=Chip(num_sms=16, shared_bytes=227 << 10))
 
 
 def test_a_plan_says_where_each_token_stands_and_where_its_kv_goes() -> None:
