@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from polymux.kernels.paged import CacheShape
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale each last-dimension row to unit root mean square, in fp32, then by `weight`, in x's dtype."""
     x32 = x.float()
     scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return scaled.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add delta to x, both [T, H], in place; returns the norm of the sum."""
+    return rms_norm(x.add_(delta), weight, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,6 +41,11 @@ def gated_linear(x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, 
     return torch.nn.functional.silu(linear(x, gate, gate_bias)) * linear(x, up, up_bias)
 
 
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """The activation of SwiGLU, [T, I] each."""
+    return torch.nn.functional.silu(gate) * up
+
+
 def embed(table: Tensor, token_ids: Tensor) -> Tensor:
     """Rows of table [V, H] for token_ids [T]."""
     return table[token_ids]
@@ -43,6 +55,45 @@ def kv_write(kv: Tensor, layer: int, k: Tensor, v: Tensor, block_ids: Tensor, sl
     """Put k and v [T, Hkv, D] into slot `slots[t]` of block `block_ids[t]` of kv [N, L, 2, Hkv, S, D], in place."""
     kv[block_ids, layer, 0, :, slots] = k
     kv[block_ids, layer, 1, :, slots] = v
+
+
+def rotate_write(
+    heads: Tensor,
+    norms: Tensor | None,
+    eps: float,
+    table: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    num_tokens: Tensor,
+    rows: Tensor,
+    shape: CacheShape,
+) -> Tensor:
+    """The norm of each query and key head, if any, their rotation, and K and V into the cache; returns the queries [T, Hq, D].
+
+    heads [T, Hq + 2 Hkv, D]; norms [Hq + Hkv, D]; table [P, D], cosines then sines; positions and slots (block_id * S + slot) [T] int32,
+    of which `num_tokens` [1] int32 are tokens and the others padding, written nowhere; rows [R, D], one layer's view of the cache.
+    """
+    num_qk = heads.shape[1] - shape.num_kv_heads
+    qk = heads[:, :num_qk] if norms is None else rms_norm(heads[:, :num_qk], norms, eps)
+    cos, sin = table[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+    qk = rotate(qk, torch.cat((cos, cos), dim=-1), sin)
+    num_heads, count, slot = num_qk - shape.num_kv_heads, int(num_tokens), slots.long()
+    strips = torch.arange(2 * shape.num_kv_heads, device=heads.device)
+    first = slot // shape.block_size * shape.strips_per_block * shape.block_size + slot % shape.block_size
+    places = first[:count, None] + strips * shape.block_size
+    rows[places] = torch.cat((qk[:, num_heads:], heads[:, num_qk:]), dim=1)[:count]
+    return qk[:, :num_heads]
+
+
+def gather_blocks(kv: Tensor, block_ids: Tensor, slab: Tensor, layers: slice, heads: slice) -> None:
+    """Copy layers and KV heads of blocks `block_ids` [n] of kv [N, L, 2, Hkv, S, D] into the slab [n, layers, 2, heads, S, D]."""
+    slab.copy_(kv[:, layers, :, heads][block_ids.long()].view_as(slab))
+
+
+def scatter_blocks(kv: Tensor, block_ids: Tensor, slab: Tensor, layers: slice, heads: slice) -> None:
+    """The reverse of `gather_blocks`; no block is named twice."""
+    part = kv[:, layers, :, heads]
+    part[block_ids.long()] = slab.view(len(block_ids), *part.shape[1:])
 
 
 def attend(q: Tensor, kv: Tensor, layer: int, block_ids: Sequence[int], context_len: int, window: int | None, scale: float) -> Tensor:
