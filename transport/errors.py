@@ -18,6 +18,7 @@ PolymuxError                     500 internal_error
 ├── DeadlineExceeded             408
 ├── WorkerLost                   504  retried by replay before a client sees it
 │   └── RankLost                 504  a rank of an instance is dead or silent: the instance is fenced
+├── CudaError                         a CUDA call failed
 ├── NonFiniteLogits                   the model computed NaN or infinity instead of logits
 ├── OutOfMemory                       the arena or the host store cannot hold it
 │   └── NoFreeBlocks                  retry when a sequence ends
@@ -29,6 +30,7 @@ PolymuxError                     500 internal_error
     ├── GrantViolation                blocks outside the grant, overlapping or out of range
     ├── TransferTimeout               the deadline passed
     └── PeerLost                      the peer is dead or its link is down
+        └── NcclError                 NCCL refused, broke off or got stuck; another edge may work
 """
 
 from __future__ import annotations
@@ -138,6 +140,12 @@ class NonFiniteLogits(PolymuxError):
     rows: tuple[int, ...] = ()
 
 
+class CudaError(PolymuxError):
+    """`is_sticky`: every later call of this process will fail too, so the process must end."""
+
+    is_sticky = False
+
+
 class OutOfMemory(PolymuxError):
     """The arena or the host store cannot hold what was asked for, even after eviction."""
 
@@ -175,6 +183,10 @@ class TransferTimeout(TransferError):
 
 
 class PeerLost(TransferError):
+    pass
+
+
+class NcclError(PeerLost):
     pass
 
 

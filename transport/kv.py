@@ -26,10 +26,11 @@ What is promised:
 
 from __future__ import annotations
 
+from polymux.transport.kv_choice import BACKENDS
 from polymux.transport.kv_edge import KVEdge
 from polymux.transport.kv_sink import KVSink
 from polymux.transport.kv_source import KVSource
-from polymux.transport.kv_types import BACKENDS, EdgeStats, KVCommitted, KVEvent, KVFailed, KVQuiesced, KVSettings, OrderRef
+from polymux.transport.kv_types import EdgeStats, KVCommitted, KVEvent, KVFailed, KVQuiesced, KVSettings, OrderRef
 
 __all__ = [
     "BACKENDS",

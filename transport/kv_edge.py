@@ -27,7 +27,7 @@ from polymux.transport.kv_types import EdgeCounters, EdgeStats, KVCommitted, KVE
 from polymux.transport.messages import KVLayout, Peer, Prefill
 from polymux.transport.protocol import Commit, EdgeOpen, Ended, Failed, Move, Ping, Pong, Released
 from polymux.transport.reactor import Reactor
-from polymux.transport.region import BlockGrid, Grids
+from polymux.transport.region import BlockGrid, Grid, Grids
 from polymux.transport.transfer import SinkLedger, SinkTransfer
 from polymux.transport.units import MIB, TransferId
 from polymux.transport.wire import decode, encode
@@ -43,7 +43,7 @@ class SinkContext:
     settings: KVSettings
     reactor: Reactor
     ledger: SinkLedger
-    grids: Grids
+    grids: Grids[Grid]
     emit: Callable[[KVEvent], None]
     faults: Faults | None
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -55,10 +55,11 @@ class KVEdge:
     def __init__(self, context: SinkContext, number: int, peer: Peer, on_closed: Callable[[KVEdge], None]) -> None:
         self.peer = peer
         self.number = number
-        self.backend = ""  # local | shm | tcp, once open
+        self.backend = ""  # one of BACKENDS, once open
         self.reason = ""  # why that one
         self.ready = threading.Event()  # open, or lost
         self.lost: PolymuxError | None = None
+        self.settled = asyncio.Event()  # lost, and nothing of it is written or granted any more
         self._context = context
         self._on_closed = on_closed
         self._loop = context.reactor.loop
@@ -156,11 +157,29 @@ class KVEdge:
         for transfer in self._context.ledger.transfers(self.number):
             self._fail(transfer, error)
         for transfer in self._context.ledger.transfers(self.number):
-            self._quiesce(transfer)
-        with self._context.lock:
-            self._context.ledger.close_edge(self.number)
+            if not self._is_writing(transfer.transfer_id):
+                self._quiesce(transfer)
         self._on_closed(self)
         self.ready.set()
+        self._settle()
+
+    def _settle(self) -> None:
+        """A lost edge's last transfer is quiet: its books close."""
+        if self.lost is not None and not self.settled.is_set() and not self._context.ledger.transfers(self.number):
+            with self._context.lock:
+                self._context.ledger.close_edge(self.number)
+            self.settled.set()
+
+    def quiet(self, transfer_id: TransferId) -> None:
+        with self._context.lock:
+            transfer = self._context.ledger.find(self.number, transfer_id)
+            is_reported = transfer_id not in self._cancelled  # else `_after_cancel` is still to come, and finds it quiet
+        if transfer is not None and not transfer.is_live and is_reported:
+            self._quiesce(transfer)
+            self._settle()
+
+    def _is_writing(self, transfer_id: TransferId) -> bool:
+        return self._receiver is not None and self._receiver.is_writing(transfer_id)
 
     def broken(self, why: Exception) -> None:
         self.shut(why if isinstance(why, PolymuxError) else PolymuxError(str(why)))
@@ -174,15 +193,18 @@ class KVEdge:
                 transfer.began_s = self._loop.time()
             return transfer
 
-    def target(self, transfer: SinkTransfer) -> BlockGrid:
+    def target(self, transfer: SinkTransfer) -> Grid:
         return self._context.grids.of(transfer.layout)
 
-    def landed(self, transfer: SinkTransfer, move: Move) -> None:
-        damaged = self._context.faults
-        if damaged:
+    def landed(self, transfer: SinkTransfer, move: Move, crc32: int | None = None) -> None:
+        grid = self.target(transfer)
+        if self._context.faults and isinstance(grid, BlockGrid):
             block_id = transfer.block_ids[move.first_block]
-            damaged.damage("sink.land.move", self.target(transfer).view(block_id, move.layer_lo, move.layer_hi))
-        if move.num_checked_blocks and self._checksum(transfer, move) != move.crc32:
+            self._context.faults.damage("sink.land.move", grid.view(block_id, move.layer_lo, move.layer_hi))
+        if move.num_checked_blocks and crc32 is None:
+            assert isinstance(grid, BlockGrid)
+            crc32 = _checksum(grid, transfer, move)
+        if move.num_checked_blocks and crc32 != move.crc32:
             self._check_fence()
             self._fail(transfer, TransferError(f"move {move.seq} arrived damaged: its checksum differs"))
             return
@@ -229,13 +251,6 @@ class KVEdge:
         assert self._receiver is not None
         if self._receiver.is_fenced():
             raise PeerLost(f"worker {self.peer.worker_id} has closed the edge")
-
-    def _checksum(self, transfer: SinkTransfer, move: Move) -> int:
-        grid, crc = self.target(transfer), 0
-        for block_id in transfer.block_ids[move.first_block : move.first_block + move.num_checked_blocks]:
-            for view in grid.views(block_id, move.layer_lo, move.layer_hi):
-                crc = zlib.crc32(view, crc)
-        return crc
 
     def _receive(self, payload: bytes) -> None:
         message = decode(payload)
@@ -318,7 +333,7 @@ class KVEdge:
         if timer is not None:
             timer.cancel()
         transfer = self._context.ledger.find(self.number, transfer_id)
-        if transfer is not None and not transfer.is_live:
+        if transfer is not None and not transfer.is_live and not self._is_writing(transfer_id):
             self._quiesce(transfer)
 
     def _quiesce(self, transfer: SinkTransfer) -> None:
@@ -330,3 +345,11 @@ class KVEdge:
         timer = self._timers.pop(transfer.transfer_id, None)
         if timer is not None:
             timer.cancel()
+
+
+def _checksum(grid: BlockGrid, transfer: SinkTransfer, move: Move) -> int:
+    crc = 0
+    for block_id in transfer.block_ids[move.first_block : move.first_block + move.num_checked_blocks]:
+        for view in grid.views(block_id, move.layer_lo, move.layer_hi):
+            crc = zlib.crc32(view, crc)
+    return crc

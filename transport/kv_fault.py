@@ -16,9 +16,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from polymux.transport.kv_backend import Receiver, Sender
+from polymux.transport.kv_backend import DeviceEvent, Receiver, Sender
 from polymux.transport.protocol import Commit, Move
-from polymux.transport.region import BlockGrid
+from polymux.transport.region import Grid
 from polymux.transport.units import TransferId
 
 
@@ -105,17 +105,17 @@ class FaultySender:
         self._inner = inner
         self._faults = faults
 
-    def send_move(self, move: Move, source: BlockGrid) -> None:
-        self._faults.pass_on("source.send.move", lambda: self._inner.send_move(move, source))
+    def send_move(self, move: Move, source: Grid, ready: DeviceEvent | None) -> None:
+        self._faults.pass_on("source.send.move", lambda: self._inner.send_move(move, source, ready))
 
     def send_commit(self, commit: Commit) -> None:
         self._faults.pass_on("source.send.commit", lambda: self._inner.send_commit(commit))
 
-    def forget(self, transfer_id: TransferId) -> None:
-        self._inner.forget(transfer_id)
+    def forget(self, transfer_id: TransferId, then: Callable[[], None]) -> None:
+        self._inner.forget(transfer_id, then)
 
-    def close(self) -> None:
-        self._inner.close()
+    def close(self, then: Callable[[], None]) -> None:
+        self._inner.close(then)
 
 
 class FaultyReceiver:
@@ -131,6 +131,9 @@ class FaultyReceiver:
 
     def abandon(self, transfer_id: TransferId) -> bool:
         return self._inner.abandon(transfer_id) and not self._faults.peer_writes
+
+    def is_writing(self, transfer_id: TransferId) -> bool:
+        return self._inner.is_writing(transfer_id)
 
     def is_fenced(self) -> bool:
         return self._inner.is_fenced()

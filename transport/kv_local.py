@@ -1,18 +1,25 @@
 """Backend `local`: both workers live in one process, and the decode side reads the prefill side's region where it is.
 
-Where the two are one region and a pushed block is the granted one, nothing moves at all: the block table is the hand-over.
+Where the two are one region and a pushed block is the granted one, nothing moves at all: the block table is the hand-over. On a GPU it is
+`cuda_ipc` without the mapping.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from polymux.transport.errors import PeerLost
-from polymux.transport.kv_backend import Landing
+from polymux.transport.kv_backend import Landing, Receiver
 from polymux.transport.kv_pull import PullReceiver
 from polymux.transport.protocol import EdgeTerms
 from polymux.transport.reactor import Reactor
+from polymux.transport.region import Region
+
+if TYPE_CHECKING:
+    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.kv_cuda_ipc import EventRing
 
 _edges: dict[bytes, LocalEdge] = {}  # of this process, by the secret of the edge
 _lock = threading.Lock()
@@ -22,13 +29,14 @@ _lock = threading.Lock()
 class LocalEdge:
     """The prefill side's end, for a decode side that finds it in its own process."""
 
-    ranks: tuple[memoryview, ...]  # the memory of each
+    regions: tuple[Region | DeviceRegion, ...]  # of each rank
+    ring: EventRing | None  # of a region on a GPU
     fence: threading.Event = field(default_factory=threading.Event)
 
 
-def expose(secret: bytes, ranks: tuple[memoryview, ...]) -> LocalEdge:
+def expose(secret: bytes, regions: tuple[Region | DeviceRegion, ...], ring: EventRing | None) -> LocalEdge:
     with _lock:
-        return _edges.setdefault(secret, LocalEdge(ranks))
+        return _edges.setdefault(secret, LocalEdge(regions, ring))
 
 
 def withdraw(secret: bytes) -> None:
@@ -39,10 +47,17 @@ def withdraw(secret: bytes) -> None:
         edge.fence.set()
 
 
-def open_local(terms: EdgeTerms, reactor: Reactor, landing: Landing) -> PullReceiver:
-    """Raises PeerLost when the source is in another process."""
+def open_local(terms: EdgeTerms, region: Region | DeviceRegion, reactor: Reactor, landing: Landing) -> Receiver:
+    """`region` is the sink's. Raises PeerLost when the source is in another process."""
     with _lock:
         edge = _edges.get(terms.secret)
     if edge is None:
         raise PeerLost("another process")
-    return PullReceiver("local", reactor.loop, landing, edge.ranks, edge.fence.is_set, lambda: None)
+    buffers = [one.buffer for one in edge.regions if isinstance(one, Region)]
+    if buffers:
+        return PullReceiver("local", reactor.loop, landing, buffers, edge.fence.is_set, lambda: None)
+    from polymux.transport.kv_cuda_ipc import open_within  # which needs torch
+
+    source = edge.regions[0]
+    assert edge.ring is not None and not isinstance(region, Region) and not isinstance(source, Region)
+    return open_within(source, edge.ring, region, edge.fence.is_set, reactor, landing)

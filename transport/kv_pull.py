@@ -16,9 +16,9 @@ import numpy as np
 
 from polymux.transport.errors import PolymuxError
 from polymux.transport.head_slices import plan_heads
-from polymux.transport.kv_backend import Landing
+from polymux.transport.kv_backend import DeviceEvent, Landing
 from polymux.transport.protocol import Commit, Move
-from polymux.transport.region import BlockGrid, Grids, drop_pages
+from polymux.transport.region import BlockGrid, Grid, drop_pages, grids_over
 from polymux.transport.transfer import SinkTransfer
 from polymux.transport.units import MIB, TransferId, unpack_ids
 
@@ -95,7 +95,7 @@ class PullReceiver:
         self.is_fenced = is_fenced
         self._loop = loop
         self._landing = landing
-        self._grids = Grids(source[0], source[1:])
+        self._grids = grids_over(source)
         self._release = release
         self._queue: deque[Move | Commit] = deque()
         self._copy: tuple[SinkTransfer, Move, Iterator[None]] | None = None
@@ -115,6 +115,9 @@ class PullReceiver:
         if self._copy is not None and self._copy[0].transfer_id == transfer_id:
             self._copy = None
         return True
+
+    def is_writing(self, transfer_id: TransferId) -> bool:
+        return False
 
     def close(self) -> None:
         if not self._is_closed:
@@ -148,9 +151,11 @@ class PullReceiver:
         source = self._grids.of_model(transfer.layout)
         src_ids = unpack_ids(item.src_block_ids)
         source.check(src_ids)
+        target = self._landing.target(transfer)
+        assert isinstance(target, BlockGrid)
         dst_ids = transfer.block_ids[item.first_block : item.first_block + len(src_ids)]
         layers = range(item.layer_lo, item.layer_hi)
-        self._copy = (transfer, item, copy_blocks(source, self._landing.target(transfer), src_ids, dst_ids, layers))
+        self._copy = (transfer, item, copy_blocks(source, target, src_ids, dst_ids, layers))
 
     def _advance(self) -> bool:
         """Copy a slice; False when that was the last."""
@@ -176,15 +181,16 @@ class PullSender:
         self._fence = fence
         self._next_seq = 0
 
-    def send_move(self, move: Move, source: BlockGrid) -> None:
+    def send_move(self, move: Move, source: Grid, ready: DeviceEvent | None) -> None:
         self._send(replace(move, seq=self._next_seq))
         self._next_seq += 1
 
     def send_commit(self, commit: Commit) -> None:
         self._send(commit)
 
-    def forget(self, transfer_id: TransferId) -> None:
-        """Nothing to do: the sink has said that it reads no more."""
+    def forget(self, transfer_id: TransferId, then: Callable[[], None]) -> None:
+        then()  # the sink has said that it reads no more
 
-    def close(self) -> None:
+    def close(self, then: Callable[[], None]) -> None:
         self._fence()
+        then()

@@ -21,6 +21,7 @@ from polymux.transport.kv_pull import PullReceiver
 from polymux.transport.protocol import EdgeTerms
 from polymux.transport.reactor import Reactor
 from polymux.transport.region import map_read_only
+from polymux.transport.sockets import is_closed
 from polymux.transport.units import MIB
 
 _MAX_MAPPED_BYTES = 128 * MIB
@@ -52,7 +53,7 @@ async def open_shm(
     except BaseException:
         sock.close()
         raise
-    return PullReceiver("shm", reactor.loop, landing, source, lambda: _is_closed(sock), sock.close, _MAX_MAPPED_BYTES)
+    return PullReceiver("shm", reactor.loop, landing, source, lambda: is_closed(sock), sock.close, _MAX_MAPPED_BYTES)
 
 
 async def _receive_fd(sock: socket.socket, deadline_s: float) -> int:
@@ -67,12 +68,3 @@ async def _receive_fd(sock: socket.socket, deadline_s: float) -> int:
         raise TransferTimeout("the source handed no descriptor over") from error
     finally:
         loop.remove_reader(sock)
-
-
-def _is_closed(sock: socket.socket) -> bool:
-    try:
-        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True

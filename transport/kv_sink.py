@@ -7,25 +7,30 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from socket import socket
+from typing import TYPE_CHECKING
 
-from polymux.transport.errors import PeerLost, PolymuxError, ProtocolMismatch, StaleEpoch, TransferTimeout
+from polymux.transport.errors import NcclError, PeerLost, PolymuxError, ProtocolMismatch, StaleEpoch, TransferTimeout
 from polymux.transport.frames import drive_async, read_frame
 from polymux.transport.handshake import Introduction, check_token
 from polymux.transport.kv_backend import Receiver
+from polymux.transport.kv_choice import RecentFailures, Side, to_try, why_not
 from polymux.transport.kv_edge import KVEdge, SinkContext
 from polymux.transport.kv_fault import Faults, FaultyReceiver
 from polymux.transport.kv_local import open_local
 from polymux.transport.kv_shm import open_shm
 from polymux.transport.kv_tcp import TcpReceiver
-from polymux.transport.kv_types import BACKENDS, EdgeHistory, EdgeStats, KVEvent, KVSettings
+from polymux.transport.kv_types import EdgeHistory, EdgeStats, KVEvent, KVSettings
 from polymux.transport.messages import Peer
-from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinEdge, PeerKind
-from polymux.transport.reactor import Reactor
-from polymux.transport.region import Grids, Region
+from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinComm, JoinEdge, PeerKind
+from polymux.transport.reactor import Reactor, all_set
+from polymux.transport.region import Region
 from polymux.transport.sockets import dial_tcp
 from polymux.transport.transfer import SinkLedger
 from polymux.transport.units import TransferId, WorkerId
 from polymux.transport.wire import decode_as, encode
+
+if TYPE_CHECKING:
+    from polymux.transport.cuda.region import DeviceRegion
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class KVSink:
     def __init__(
         self,
         *,
-        region: Region,
+        region: Region | DeviceRegion,
         followers: Sequence[Region] = (),
         identity: Peer,
         token: str,
@@ -55,11 +60,15 @@ class KVSink:
         self._reactor = reactor or Reactor(f"polymux-{identity.worker_id}-kv")
         self._owns_reactor = reactor is None
         ledger = SinkLedger(region.nbytes, identity.epoch, max_transfers=self._settings.max_transfers, max_bytes=self._settings.max_bytes)
-        grids = Grids(region.buffer, [follower.buffer for follower in followers])
+        grids = region.grids(followers)
         self._context = SinkContext(identity, self._settings, self._reactor, ledger, grids, self._emit, faults)
+        self._region = region
+        self._device = region.terms()
+        self._failures = RecentFailures()
         self._edges: dict[WorkerId, KVEdge] = {}
         self._tasks: dict[KVEdge, asyncio.Task[None]] = {}
         self._history = EdgeHistory()
+        self._unsettled: set[KVEdge] = set()
         self._numbers = count(1)
         self._transfer_ids = count(1)
         self._is_closed = False
@@ -126,6 +135,7 @@ class KVSink:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await all_set([edge.settled for edge in {*edges, *self._unsettled}], self._settings.acknowledge_s, "sink")
         self._context.grids.close()
 
     def _emit(self, event: KVEvent) -> None:
@@ -136,10 +146,13 @@ class KVSink:
 
     def _forget(self, edge: KVEdge) -> None:
         log.info("kv.edge_lost peer=%s backend=%s why=%s", edge.peer.worker_id, edge.backend, edge.lost)
+        if edge.backend == "nccl" and isinstance(edge.lost, NcclError):
+            self._failures.add(edge.peer, edge.backend, str(edge.lost), self._reactor.loop.time())
         with self._context.lock:
             self._history.add(edge.stats())
             if self._edges.get(edge.peer.worker_id) is edge:
                 del self._edges[edge.peer.worker_id]
+        self._unsettled = {one for one in (*self._unsettled, edge) if not one.settled.is_set()}
 
     def _dial(self, edge: KVEdge, deadline_s: float) -> None:
         if edge.lost is None:
@@ -160,8 +173,8 @@ class KVSink:
         edge.begin(sock, receiver, reason)
 
     async def _negotiate(self, edge: KVEdge, deadline_s: float) -> tuple[socket, Receiver, str]:
-        wanted = BACKENDS if self._settings.backend == "auto" else (self._settings.backend,)
-        offer = encode(EdgeOffer(sink=self._context.identity, backends=wanted))
+        wanted = to_try(self._settings.backend, self._device)
+        offer = encode(EdgeOffer(sink=self._context.identity, backends=wanted, device=self._device))
         sock, _ = await dial_tcp(edge.peer.address, self._introduce(edge, PeerKind.DECODE, offer), self._token, deadline_s)
         try:
             terms = decode_as(EdgeTerms, await drive_async(read_frame(), sock, deadline_s))
@@ -173,35 +186,60 @@ class KVSink:
 
     async def _choose(self, edge: KVEdge, wanted: tuple[str, ...], terms: EdgeTerms, deadline_s: float) -> tuple[Receiver, str]:
         """The first backend that both sides speak and that works when tried, and why."""
-        attempts: dict[str, Callable[[], Awaitable[Receiver]]] = {
-            "local": lambda: self._try_local(edge, terms),
-            "shm": lambda: self._try_shm(edge, terms, deadline_s),
-            "tcp": lambda: self._try_tcp(edge, terms, deadline_s),
+        attempts: dict[str, Callable[[EdgeTerms, KVEdge, float], Awaitable[Receiver]]] = {
+            "local": self._try_local,
+            "cuda_ipc": self._try_cuda_ipc,
+            "nccl": self._try_nccl,
+            "shm": self._try_shm,
+            "tcp": self._try_tcp,
         }
+        sink, source = Side(self._context.identity, self._device, wanted), Side(terms.source, terms.device, terms.backends)
         failures: list[str] = []
         for name in wanted:
+            why = None
             try:
-                if name not in terms.backends:
-                    raise PeerLost("the source does not offer it")
-                receiver = await attempts[name]()
+                why = why_not(name, self._settings.backend, sink, source)
+                if why is None and len(wanted) > 1:
+                    why = self._failures.why(edge.peer, name, self._reactor.loop.time())
+                if why is not None:
+                    raise PeerLost(why)
+                receiver = await attempts[name](terms, edge, deadline_s)
             except PolymuxError as error:
                 failures.append(f"not {name}: {error}")
+                if name == "nccl" and why is None:
+                    self._failures.add(edge.peer, name, str(error), self._reactor.loop.time())
                 continue
             if self._context.faults:
                 receiver = FaultyReceiver(receiver, self._context.faults)
             return receiver, "; ".join(failures) or "first choice"
         raise ProtocolMismatch(f"no common KV backend with worker {edge.peer.worker_id}: {'; '.join(failures)}")
 
-    async def _try_local(self, edge: KVEdge, terms: EdgeTerms) -> Receiver:
-        return open_local(terms, self._reactor, edge)
+    async def _try_local(self, terms: EdgeTerms, edge: KVEdge, deadline_s: float) -> Receiver:
+        return open_local(terms, self._region, self._reactor, edge)
 
-    async def _try_shm(self, edge: KVEdge, terms: EdgeTerms, deadline_s: float) -> Receiver:
-        if terms.source.host_id != self._context.identity.host_id:
-            raise PeerLost("another host")
+    async def _try_cuda_ipc(self, terms: EdgeTerms, edge: KVEdge, deadline_s: float) -> Receiver:
+        from polymux.transport.kv_cuda_ipc import open_cuda_ipc  # which needs torch
+
+        assert not isinstance(self._region, Region)
+        intro = self._join(edge, PeerKind.KV_CUDA_IPC, terms)
+        return await open_cuda_ipc(edge.peer.address, intro, self._token, deadline_s, terms.region_bytes, self._region, self._reactor, edge)
+
+    async def _try_nccl(self, terms: EdgeTerms, edge: KVEdge, deadline_s: float) -> Receiver:
+        from polymux.transport.kv_nccl import open_nccl  # which needs torch
+
+        assert not isinstance(self._region, Region)
+
+        def intro(unique_id: bytes) -> Introduction:
+            body = encode(JoinComm(edge=terms.edge, secret=terms.secret, unique_id=unique_id))
+            return self._introduce(edge, PeerKind.KV_NCCL, body)
+
+        return await open_nccl(edge.peer.address, intro, self._token, deadline_s, self._region.mover, self._reactor, edge)
+
+    async def _try_shm(self, terms: EdgeTerms, edge: KVEdge, deadline_s: float) -> Receiver:
         intro = self._join(edge, PeerKind.KV_REGION, terms)
         return await open_shm(terms, intro, self._token, deadline_s, self._reactor, edge)
 
-    async def _try_tcp(self, edge: KVEdge, terms: EdgeTerms, deadline_s: float) -> Receiver:
+    async def _try_tcp(self, terms: EdgeTerms, edge: KVEdge, deadline_s: float) -> Receiver:
         intro = self._join(edge, PeerKind.KV_DATA, terms)
         sock, _ = await dial_tcp(edge.peer.address, intro, self._token, deadline_s)
         return TcpReceiver(self._reactor.loop, sock, edge)

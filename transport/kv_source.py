@@ -8,21 +8,30 @@ import secrets
 from collections.abc import Callable, Sequence
 from itertools import count
 from socket import socket
+from typing import TYPE_CHECKING
 
 from polymux.transport.descriptors import listen_abstract, send_fd
 from polymux.transport.errors import GrantViolation, LayoutMismatch, PeerLost, PolymuxError, StaleEpoch, WireError
+from polymux.transport.frames import frame
 from polymux.transport.handshake import Introduction
+from polymux.transport.kv_backend import DeviceEvent
+from polymux.transport.kv_choice import offered
 from polymux.transport.kv_fault import Faults
 from polymux.transport.kv_source_edge import SourceContext, SourceEdge
-from polymux.transport.kv_types import BACKENDS, EdgeHistory, EdgeStats, KVSettings, OrderRef
+from polymux.transport.kv_types import EdgeHistory, EdgeStats, KVSettings, OrderRef
 from polymux.transport.messages import KVLayout, Peer, Prefill, Prefilled
-from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinEdge, PeerKind
-from polymux.transport.region import Grids, Region
+from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinComm, JoinEdge, PeerKind
+from polymux.transport.reactor import all_set
+from polymux.transport.region import Region
 from polymux.transport.sockets import tune
 from polymux.transport.stream import WorkerServer
 from polymux.transport.transfer import SourceOrder, SourceState
 from polymux.transport.units import Epoch, WorkerId
-from polymux.transport.wire import decode_as
+from polymux.transport.wire import decode_as, encode
+
+if TYPE_CHECKING:
+    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.kv_cuda_ipc import EventRing
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +50,7 @@ class KVSource:
         self,
         *,
         server: WorkerServer,
-        region: Region,
+        region: Region | DeviceRegion,
         followers: Sequence[Region] = (),
         host_id: str,
         on_order: Callable[[OrderRef, Prefill], None],
@@ -52,25 +61,33 @@ class KVSource:
     ) -> None:
         self._server = server
         self._region = region
-        self._regions = (region, *followers)
+        self._regions: tuple[Region | DeviceRegion, ...] = (region, *followers)
         self._host_id = host_id
         self._settings = settings or KVSettings()
-        buffers = tuple(one.buffer for one in self._regions)
-        grids = Grids(buffers[0], buffers[1:])
         self._context = SourceContext(
-            server.worker_id, self._settings, server.reactor, grids, buffers, on_order, on_cancel, on_released, faults
+            server.worker_id,
+            self._settings,
+            server.reactor,
+            region.grids(followers),
+            self._regions,
+            on_order,
+            on_cancel,
+            on_released,
+            faults,
         )
         self._lock = self._context.lock
         self._edges: dict[int, SourceEdge] = {}
         self._history = EdgeHistory()
+        self._unsettled: set[SourceEdge] = set()
         self._numbers = count(1)
         self._listener: socket | None = None
         self._unix_name = ""
-        if region.fd is not None:
+        if isinstance(region, Region) and region.fd is not None:
             self._listener, self._unix_name = listen_abstract("kv")
             self._listener.setblocking(False)
             server.reactor.post(server.reactor.loop.add_reader, self._listener, self._accept)
-        for kind in (PeerKind.DECODE, PeerKind.KV_DATA, PeerKind.KV_REGION):
+        self._device = region.terms()
+        for kind in (PeerKind.DECODE, PeerKind.KV_DATA, PeerKind.KV_REGION, PeerKind.KV_CUDA_IPC, PeerKind.KV_NCCL):
             server.plug(kind, self)
 
     def accept(self, ref: OrderRef, layout: KVLayout) -> None:
@@ -85,11 +102,20 @@ class KVSource:
                 self.fail(ref, error)
                 raise
 
-    def push(self, ref: OrderRef, layer_lo: int, layer_hi: int, src_block_ids: Sequence[int], first_block: int) -> bool:
+    def push(
+        self,
+        ref: OrderRef,
+        layer_lo: int,
+        layer_hi: int,
+        src_block_ids: Sequence[int],
+        first_block: int,
+        ready: DeviceEvent | None = None,
+    ) -> bool:
         """Layers [layer_lo, layer_hi) of these source blocks are final: move them to the granted blocks from number `first_block` on.
 
         Every (layer, block) is pushed exactly once, so a block only once it is full, or when the last chunk has filled it as far as it
         goes: after a chunk that ends at token t push blocks [pushed so far, t // block_size), after the last chunk also the partial one.
+        On a device they are final only after `ready`: an event that is recorded already, and no later than that of the next push.
         No ids: nothing happens. False when the order has ended meanwhile (ignored). Raises GrantViolation for layers or blocks
         outside the order, out of the region, or pushed before.
         """
@@ -99,7 +125,7 @@ class KVSource:
                 return False
             if len(src_block_ids):
                 order.push(layer_lo, layer_hi, src_block_ids, first_block, self._region.nbytes)
-                self._edges[ref.edge].push(order, layer_lo, layer_hi, src_block_ids, first_block)
+                self._edges[ref.edge].push(order, layer_lo, layer_hi, src_block_ids, first_block, ready)
             return True
 
     def commit(self, ref: OrderRef, prefilled: Prefilled) -> bool:
@@ -135,7 +161,9 @@ class KVSource:
             reactor.run(self._shut())
 
     async def _shut(self) -> None:
+        edges = list(self._edges.values())
         self.stop()
+        await all_set([edge.settled for edge in {*edges, *self._unsettled}], self._settings.acknowledge_s, "source")
 
     def _find(self, ref: OrderRef) -> SourceOrder | None:
         edge = self._edges.get(ref.edge)
@@ -161,9 +189,10 @@ class KVSource:
             edge = self._joined(intro)
             if intro.kind is PeerKind.KV_DATA:
                 edge.attach_data(sock)
+            elif intro.kind is PeerKind.KV_NCCL:
+                edge.attach_comm(sock, decode_as(JoinComm, intro.body).unique_id)
             else:
-                edge.attach_fence(sock)
-                self._hand_over(sock)
+                self._hand_over(sock, edge.attach_fence(sock, intro.kind))
         except (PolymuxError, OSError) as error:
             log.info("kv.join_failed peer=%s error=%s", intro.peer_id, error)
             sock.close()
@@ -177,7 +206,7 @@ class KVSource:
         for edge in list(self._edges.values()):
             edge.shut(PeerLost("the prefill worker stops"))
         self._context.grids.close()
-        self._context.buffers = ()
+        self._context.regions = ()
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -200,7 +229,8 @@ class KVSource:
         return [edge for edge in self._edges.values() if edge.sink.worker_id == worker_id]
 
     def _joined(self, intro: Introduction) -> SourceEdge:
-        join = decode_as(JoinEdge, intro.body)
+        is_comm = intro.kind is PeerKind.KV_NCCL
+        join = decode_as(JoinComm, intro.body) if is_comm else decode_as(JoinEdge, intro.body)
         edge = self._edges.get(join.edge)
         if edge is None or not secrets.compare_digest(edge.secret, join.secret):
             raise PeerLost(f"edge {join.edge} does not exist any more")
@@ -218,28 +248,34 @@ class KVSource:
 
     def _terms(self, edge: SourceEdge, epoch: Epoch) -> EdgeTerms:
         identity = Peer(worker_id=self._server.worker_id, epoch=epoch, address="", host_id=self._host_id)
-        spoken = BACKENDS if self._settings.backend == "auto" else (self._settings.backend,)
-        backends = tuple(name for name in spoken if name != "shm" or self._unix_name)
         return EdgeTerms(
             edge=edge.number,
             secret=edge.secret,
             source=identity,
             region_bytes=self._region.nbytes,
-            backends=backends,
+            backends=offered(self._settings.backend, self._device, has_descriptor=bool(self._unix_name)),
             unix_name=self._unix_name,
             num_ranks=len(self._regions),
+            device=self._device,
         )
 
-    def _hand_over(self, sock: socket) -> None:
+    def _hand_over(self, sock: socket, ring: EventRing | None) -> None:
         for region in self._regions:
-            fd = region.read_only_fd()
-            try:
-                send_fd(sock, fd)
-            finally:
-                os.close(fd)
+            if isinstance(region, Region):
+                fd = region.read_only_fd()
+                try:
+                    send_fd(sock, fd)
+                finally:
+                    os.close(fd)
+            else:
+                from polymux.transport.kv_cuda_ipc import export  # which needs torch
+
+                assert ring is not None
+                sock.send(frame(encode(export(region, ring))))  # a few kilobytes into an empty buffer
 
     def _forget(self, edge: SourceEdge) -> None:
         log.info("kv.edge_lost peer=%s backend=%s why=%s", edge.sink.worker_id, edge.backend, edge.lost)
         with self._lock:
             self._history.add(edge.stats())
             del self._edges[edge.number]
+        self._unsettled = {one for one in (*self._unsettled, edge) if not one.settled.is_set()}

@@ -6,20 +6,21 @@ import asyncio
 import logging
 import secrets
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from socket import SHUT_RDWR, socket
+from typing import TYPE_CHECKING
 
 from polymux.transport.channel import Channel
 from polymux.transport.errors import GrantViolation, Overloaded, PeerLost, PolymuxError, StaleEpoch, WireError
 from polymux.transport.handshake import from_report, report
-from polymux.transport.kv_backend import Sender
+from polymux.transport.kv_backend import DeviceEvent, Sender
 from polymux.transport.kv_fault import Faults, FaultySender
 from polymux.transport.kv_local import expose, withdraw
+from polymux.transport.kv_moves import MoveMaker, Push, PushCommit
 from polymux.transport.kv_pull import PullSender
 from polymux.transport.kv_tcp import TcpSender
 from polymux.transport.kv_types import EdgeCounters, EdgeStats, KVSettings, OrderRef
@@ -37,15 +38,18 @@ from polymux.transport.protocol import (
     Released,
 )
 from polymux.transport.reactor import Reactor
-from polymux.transport.region import BlockGrid, Grids
+from polymux.transport.region import Grid, Grids, Region
 from polymux.transport.transfer import SourceOrder, SourceState
-from polymux.transport.units import KIB, MIB, Epoch, TransferId, WorkerId, pack_ids
-from polymux.transport.wire import MAX_BULK_BYTES, decode, encode
+from polymux.transport.units import MIB, Epoch, TransferId, WorkerId
+from polymux.transport.wire import decode, encode
+
+if TYPE_CHECKING:
+    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.kv_cuda_ipc import EventRing
 
 log = logging.getLogger(__name__)
 
 _MAX_UNREAD_BYTES = 16 * MIB  # of moves that the sink has not read; its edge is dropped beyond it
-_SAMPLE_BYTES = 256 * KIB  # of a move, where only some moves are checked
 
 
 @dataclass(slots=True)
@@ -55,37 +59,13 @@ class SourceContext:
     worker_id: WorkerId
     settings: KVSettings
     reactor: Reactor
-    grids: Grids
-    buffers: tuple[memoryview, ...]  # of each rank
+    grids: Grids[Grid]
+    regions: tuple[Region | DeviceRegion, ...]  # of each rank
     on_order: Callable[[OrderRef, Prefill], None]
     on_cancel: Callable[[OrderRef, str], None]
     on_released: Callable[[OrderRef], None]
     faults: Faults | None
     lock: threading.RLock = field(default_factory=threading.RLock)
-
-
-@dataclass(slots=True)
-class _Push:
-    order: SourceOrder
-    layer_lo: int
-    layer_hi: int
-    src_block_ids: tuple[int, ...]
-    first_block: int
-
-    def is_continued_by(self, other: _Push) -> bool:
-        """The same blocks' next layers."""
-        return (self.order, self.layer_hi, self.src_block_ids, self.first_block) == (
-            other.order,
-            other.layer_lo,
-            other.src_block_ids,
-            other.first_block,
-        )
-
-
-@dataclass(slots=True)
-class _PushCommit:
-    order: SourceOrder
-    prefilled: Prefilled
 
 
 class SourceEdge:
@@ -105,35 +85,47 @@ class SourceEdge:
         self.secret = secrets.token_bytes(16)
         self.backend = ""
         self.lost: PolymuxError | None = None
+        self.settled = asyncio.Event()  # lost, and every order was released
         self.orders: dict[TransferId, SourceOrder] = {}
         self._context = context
+        self._region = context.regions[0]
         self._epoch = epoch
         self._on_closed = on_closed
         self._loop = context.reactor.loop
         self._channel = Channel(context.reactor, sock, on_frame=self._receive, on_lost=self.shut, max_pending_bytes=_MAX_UNREAD_BYTES)
         self._sender: Sender | None = None
-        self._tcp: TcpSender | None = None
-        self._fence: socket | None = None
-        self._queue: deque[_Push | _PushCommit] = deque()
+        self._attached: dict[str, Sender] = {}  # by backend: those that came with a connection of their own
+        self._joined: set[PeerKind] = set()  # connections that came
+        self._sockets: list[socket] = []  # those that are the fence, by being closed
+        self._ring: EventRing | None = None
+        self._queue: deque[Push | PushCommit] = deque()
         self._is_scheduled = False
         self._expires_s: dict[TransferId, float] = {}
         self._started_s: dict[TransferId, float] = {}
         self._heartbeat: asyncio.TimerHandle | None = None
-        self._num_moves = 0
+        self._moves = MoveMaker(context.worker_id, epoch, sink.epoch, context.grids, context.settings.checksum_every)
         self._counters = EdgeCounters()
 
-    def push(self, order: SourceOrder, layer_lo: int, layer_hi: int, src_block_ids: Sequence[int], first_block: int) -> None:
-        """Queue. Layers that follow one another before the transport gets to them go as one move."""
-        new = _Push(order, layer_lo, layer_hi, tuple(src_block_ids), first_block)
+    def push(
+        self,
+        order: SourceOrder,
+        layer_lo: int,
+        layer_hi: int,
+        src_block_ids: Sequence[int],
+        first_block: int,
+        ready: DeviceEvent | None,
+    ) -> None:
+        """Queue. Layers that follow one another before the transport gets to them go as one move, once the last is ready."""
+        new = Push(order, layer_lo, layer_hi, tuple(src_block_ids), first_block, ready)
         last = self._queue[-1] if self._queue else None
-        if isinstance(last, _Push) and last.is_continued_by(new):
-            last.layer_hi = layer_hi
+        if isinstance(last, Push) and last.is_continued_by(new):
+            last.layer_hi, last.ready = layer_hi, ready
             return
         self._queue.append(new)
         self._schedule()
 
     def push_commit(self, order: SourceOrder, prefilled: Prefilled) -> None:
-        self._queue.append(_PushCommit(order, prefilled))
+        self._queue.append(PushCommit(order, prefilled))
         self._schedule()
 
     def say_failed(self, order: SourceOrder, error: PolymuxError) -> None:
@@ -145,19 +137,41 @@ class SourceEdge:
         return self._counters.stats(self.sink.worker_id, self.backend, len(self.orders), sum(pinned))
 
     def has_joined(self, kind: PeerKind) -> bool:
-        return (self._tcp if kind is PeerKind.KV_DATA else self._fence) is not None
+        return kind in self._joined
 
     def begin(self, terms: EdgeTerms) -> None:
-        expose(self.secret, self._context.buffers)
+        self._ring = None if isinstance(self._region, Region) else self._region.rings.take()
+        expose(self.secret, self._context.regions, self._ring)
         self._channel.send(encode(terms))
         self._channel.start()
 
     def attach_data(self, sock: socket) -> None:
-        self._tcp = TcpSender(self._loop, self.shut)
-        self._tcp.attach(sock)
+        self._joined.add(PeerKind.KV_DATA)
+        sender = TcpSender(self._loop, self.shut)
+        sender.attach(sock)
+        self._attached["tcp"] = sender
 
-    def attach_fence(self, sock: socket) -> None:
-        self._fence = sock
+    def attach_fence(self, sock: socket, kind: PeerKind) -> EventRing | None:
+        """Memory is being handed over; the ring goes with it where it is on a GPU."""
+        self._joined.add(kind)
+        self._sockets.append(sock)
+        return self._ring
+
+    def attach_comm(self, sock: socket, unique_id: bytes) -> None:
+        """Join a communicator, and say over this connection whether that worked."""
+        from polymux.transport.kv_nccl import attach_nccl  # which needs torch
+
+        region = self._region
+        if isinstance(region, Region):
+            raise PeerLost("the source's KV is in host memory")
+        self._joined.add(PeerKind.KV_NCCL)
+        self._sockets.append(sock)
+        say = lambda item: self._channel.send(encode(item))  # noqa: E731
+        self._attached["nccl"] = attach_nccl(region.mover, self._context.reactor, unique_id, sock, say, self._comm_broken)
+
+    def _comm_broken(self, why: PolymuxError) -> None:
+        if self.backend == "nccl":
+            self.shut(why)
 
     def shut(self, why: PolymuxError) -> None:
         """Fence first, then let the engine have its blocks back. Later calls do nothing."""
@@ -168,24 +182,39 @@ class SourceEdge:
             orders = list(self.orders.values())
             self.orders.clear()
             self._queue.clear()
-        self._raise_fence()
+        self._raise_fence(partial(self._released, orders, why))
         self._channel.close(why)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
+        self._on_closed(self)
+
+    def _released(self, orders: list[SourceOrder], why: PolymuxError) -> None:
+        """Nothing of the edge is read any more."""
         for order in orders:
             self._counters.failed[type(why).__name__] += order.state is not SourceState.FAILED
             self._release(order, str(why))
-        self._on_closed(self)
+        self.settled.set()
 
-    def _raise_fence(self) -> None:
+    def _raise_fence(self, then: Callable[[], None]) -> None:
         withdraw(self.secret)
-        if self._fence is not None:
+        for sock in self._sockets:
             with suppress(OSError):
-                self._fence.shutdown(SHUT_RDWR)
-            self._fence.close()
-        for sender in (self._sender, self._tcp):
-            if sender is not None:
-                sender.close()
+                sock.shutdown(SHUT_RDWR)
+            sock.close()
+        self._close_attached()
+        if self._sender is not None:
+            self._sender.close(then)
+        else:
+            then()
+        if self._ring is not None and not isinstance(self._region, Region):
+            self._region.rings.give(self._ring)
+            self._ring = None
+
+    def _close_attached(self) -> None:
+        """Those that were not chosen."""
+        for sender in self._attached.values():
+            sender.close(lambda: None)
+        self._attached.clear()
 
     def _receive(self, payload: bytes) -> None:
         message = decode(payload)
@@ -206,18 +235,27 @@ class SourceEdge:
     def _open(self, chosen: EdgeOpen) -> None:
         if self._sender is not None:
             raise WireError("the edge is open already")
-        sender: Sender
-        if chosen.backend == "tcp":
-            if self._tcp is None:
-                raise WireError("backend tcp without a data connection")
-            sender = self._tcp
-        elif chosen.backend in ("local", "shm"):
-            sender = PullSender(lambda item: self._channel.send(encode(item)), lambda: None)
-        else:
-            raise WireError(f"unknown backend {chosen.backend!r}")
+        sender = self._sender_for(chosen.backend)
+        self._close_attached()
         self.backend = chosen.backend
         self._sender = FaultySender(sender, self._context.faults) if self._context.faults else sender
         log.info("kv.edge_open peer=%s backend=%s reason=%s", self.sink.worker_id, chosen.backend, chosen.reason)
+
+    def _sender_for(self, backend: str) -> Sender:
+        def send(item: Move | Commit) -> bool:
+            return self._channel.send(encode(item))
+
+        if backend in ("tcp", "nccl"):
+            if backend not in self._attached:
+                raise WireError(f"backend {backend} without a connection for it")
+            return self._attached.pop(backend)
+        if backend not in ("local", "shm", "cuda_ipc"):
+            raise WireError(f"unknown backend {backend!r}")
+        if self._ring is None:
+            return PullSender(send, lambda: None)
+        from polymux.transport.kv_cuda_ipc import DevicePullSender  # which needs torch
+
+        return DevicePullSender(send, self._ring, lambda: None)
 
     def _begin_order(self, prefill: Prefill) -> None:
         if self._context.faults:
@@ -256,10 +294,9 @@ class SourceEdge:
         if self._context.faults:
             self._context.faults.strike("source.receive.ended")
         assert self._sender is not None
-        self._sender.forget(ended.transfer_id)
+        error = from_report(ended.error) if ended.error else None
         with self._context.lock:
-            order = self.orders.pop(ended.transfer_id, None)
-            error = from_report(ended.error) if ended.error else None
+            order = self.orders.get(ended.transfer_id)
             if order is not None and error is None:
                 if order.state is not SourceState.COMMITTED:
                     raise WireError(f"the sink committed transfer {ended.transfer_id} before we did")
@@ -267,6 +304,11 @@ class SourceEdge:
                 self._counters.seconds += self._loop.time() - self._started_s[ended.transfer_id]
             elif order is not None and order.state is not SourceState.FAILED:
                 self._counters.failed[type(error).__name__] += 1
+            self.orders.pop(ended.transfer_id, None)  # nothing more is pushed for it
+        self._sender.forget(ended.transfer_id, partial(self._forgotten, ended, order, error))
+
+    def _forgotten(self, ended: Ended, order: SourceOrder | None, error: PolymuxError | None) -> None:
+        """Its source blocks are read no more: let the engine have them, and the sink know."""
         if error is not None:
             self._say(Released(transfer_id=ended.transfer_id))
         if order is not None:
@@ -296,68 +338,17 @@ class SourceEdge:
             self._queue.clear()
         for item in items:
             order = item.order
-            if self.lost is not None or order.state in (SourceState.FAILED, SourceState.RELEASED):
+            has_ended = self.orders.get(order.ref.transfer_id) is not order
+            if self.lost is not None or has_ended or order.state is SourceState.FAILED:
                 continue
             assert self._sender is not None
-            if isinstance(item, _PushCommit):
-                self._sender.send_commit(self._commit_of(order, item.prefilled))
-            else:
-                self._send_push(item)
-
-    def _commit_of(self, order: SourceOrder, prefilled: Prefilled) -> Commit:
-        assert order.layout is not None
-        grant = order.prefill.grant
-        return Commit(
-            transfer_id=grant.transfer_id,
-            sequence_id=order.prefill.sequence_id,
-            source_id=self._context.worker_id,
-            source_epoch=self._epoch,
-            target_epoch=grant.target_epoch,
-            layout_hash=order.layout.layout_hash,
-            num_layers=order.layout.num_layers,
-            num_blocks=order.num_blocks,
-            prefilled=prefilled,
-        )
-
-    def _send_push(self, push: _Push) -> None:
-        """As moves that are not too large."""
-        assert push.order.layout is not None and self._sender is not None
-        layout, ids = push.order.layout, push.src_block_ids
-        row_bytes = (push.layer_hi - push.layer_lo) * layout.moved_layer_bytes
-        per_move = max(MAX_BULK_BYTES // row_bytes, 1)
-        grid = self._context.grids.of(layout)
-        for start in range(0, len(ids), per_move):
-            some = ids[start : start + per_move]
-            num_checked, crc = self._checksum(grid, some, push.layer_lo, push.layer_hi)
-            move = Move(
-                seq=0,
-                transfer_id=push.order.ref.transfer_id,
-                source_epoch=self._epoch,
-                target_epoch=self.sink.epoch,
-                layer_lo=push.layer_lo,
-                layer_hi=push.layer_hi,
-                first_block=push.first_block + start,
-                src_block_ids=pack_ids(some),
-                num_bytes=len(some) * row_bytes,
-                num_checked_blocks=num_checked,
-                crc32=crc,
-            )
-            self._counters.moves += 1
-            self._counters.bytes += move.num_bytes
-            self._sender.send_move(move, grid)
-
-    def _checksum(self, grid: BlockGrid, block_ids: Sequence[int], layer_lo: int, layer_hi: int) -> tuple[int, int]:
-        every = self._context.settings.checksum_every
-        self._num_moves += 1
-        if not every or (self._num_moves - 1) % every:
-            return 0, 0
-        row_bytes = (layer_hi - layer_lo) * grid.layout.moved_layer_bytes
-        num_checked = len(block_ids) if every == 1 else min(len(block_ids), max(_SAMPLE_BYTES // row_bytes, 1))
-        crc = 0
-        for block_id in block_ids[:num_checked]:
-            for view in grid.views(block_id, layer_lo, layer_hi):
-                crc = zlib.crc32(view, crc)
-        return num_checked, crc
+            if isinstance(item, PushCommit):
+                self._sender.send_commit(self._moves.commit_of(item))
+                continue
+            for move, grid in self._moves.of(item):
+                self._counters.moves += 1
+                self._counters.bytes += move.num_bytes
+                self._sender.send_move(move, grid, item.ready)
 
     def _say(self, message: Failed | Released | Ping | Pong) -> None:
         send = partial(self._channel.send, encode(message))

@@ -16,9 +16,9 @@ from socket import socket
 
 from polymux.transport.errors import GrantViolation, PeerLost, PolymuxError, WireError
 from polymux.transport.frames import HEADER_BYTES, frame
-from polymux.transport.kv_backend import Landing
+from polymux.transport.kv_backend import DeviceEvent, Landing
 from polymux.transport.protocol import Commit, Move
-from polymux.transport.region import BlockGrid
+from polymux.transport.region import BlockGrid, Grid
 from polymux.transport.transfer import SinkTransfer
 from polymux.transport.units import GIB, KIB, MIB, TransferId, unpack_ids
 from polymux.transport.wire import MAX_CONTROL_BYTES, decode, encode
@@ -88,25 +88,28 @@ class TcpSender:
         self._sock = sock
         self._pump()
 
-    def send_move(self, move: Move, source: BlockGrid) -> None:
+    def send_move(self, move: Move, source: Grid, ready: DeviceEvent | None) -> None:
+        assert isinstance(source, BlockGrid)
         self._put(_Item(move, source))
 
     def send_commit(self, commit: Commit) -> None:
         self._put(_Item(commit, None))
 
-    def forget(self, transfer_id: TransferId) -> None:
+    def forget(self, transfer_id: TransferId, then: Callable[[], None]) -> None:
         """What was half sent is finished with zeros, which the sink drops."""
         self._queue = deque(item for item in self._queue if item.message.transfer_id != transfer_id)
         if self._sending == transfer_id:
             self._parts.redirect(_ZEROS, keep=self._head)
+        then()
 
-    def close(self) -> None:
+    def close(self, then: Callable[[], None]) -> None:
         self._queue.clear()
         self._parts = Parts()
         if self._sock is not None:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
+        then()
 
     def _put(self, item: _Item) -> None:
         self._queue.append(item)
@@ -183,6 +186,9 @@ class TcpReceiver:
             self._parts.redirect(self._scratch)
         return True
 
+    def is_writing(self, transfer_id: TransferId) -> bool:
+        return False
+
     def is_fenced(self) -> bool:
         return False  # what was sent was right when it was sent, and is ours now
 
@@ -216,7 +222,9 @@ class TcpReceiver:
             move, transfer, self._move, self._transfer = self._move, self._transfer, None, None
             self._await_length()
             if transfer is not None:
-                self._landing.target(transfer).spread(_blocks_of(transfer, move), move.layer_lo, move.layer_hi)
+                grid = self._landing.target(transfer)
+                assert isinstance(grid, BlockGrid)
+                grid.spread(_blocks_of(transfer, move), move.layer_lo, move.layer_hi)
                 self._landing.landed(transfer, move)
         elif self._head is not None:
             message, self._head = decode(self._head), None
@@ -248,6 +256,7 @@ class TcpReceiver:
             self._parts = Parts(over(self._scratch, move.num_bytes))
             return
         grid = self._landing.target(self._transfer)
+        assert isinstance(grid, BlockGrid)
         bytes_of_blocks = (grid.views(block_id, move.layer_lo, move.layer_hi) for block_id in _blocks_of(self._transfer, move))
         self._parts = Parts(chain.from_iterable(bytes_of_blocks))
 

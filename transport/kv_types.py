@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from polymux.transport.errors import ConfigError, PolymuxError
+from polymux.transport.kv_choice import BACKENDS
 from polymux.transport.messages import Prefilled
 from polymux.transport.units import GIB, SequenceId, TransferId, WorkerId
 
-BACKENDS = ("local", "shm", "tcp")
 _NUMBERS = ("bytes", "moves", "committed", "stale_moves", "seconds", "num_outstanding", "bytes_outstanding")
 _MAX_PAST_PEERS = 256
 _OTHERS = WorkerId("others")
@@ -20,7 +20,7 @@ _OTHERS = WorkerId("others")
 class KVSettings:
     """Bounds and deadlines of KV migration, the same on both sides of an edge."""
 
-    backend: str = "auto"  # auto | local | shm | tcp: what to try; auto takes the first of BACKENDS that works
+    backend: str = "auto"  # or one of BACKENDS: what to try; auto takes the first that works
     max_transfers: int = 256  # outstanding on one edge
     max_bytes: int = 8 * GIB  # granted and outstanding on one edge
     silence_s: float = 10.0  # an edge with work on it that hears nothing for so long is dead

@@ -10,10 +10,14 @@ import enum
 from dataclasses import dataclass
 
 from polymux.transport.messages import ErrorReport, Peer, Prefilled, Shard
-from polymux.transport.units import Epoch, PackedIds, SequenceId, TransferId, WorkerId
+from polymux.transport.units import MIB, Epoch, PackedIds, SequenceId, TransferId, WorkerId
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 PREAMBLE = b"PLYMUX" + PROTOCOL_VERSION.to_bytes(2, "little")
+
+
+MAX_MOVE_BYTES = 16 * MIB  # what a GPU's slab holds
+MAX_MOVE_BLOCKS = 8192
 
 
 class PeerKind(enum.StrEnum):
@@ -21,6 +25,8 @@ class PeerKind(enum.StrEnum):
     DECODE = "decode"  # a decode worker's KV edge: control
     KV_DATA = "kv_data"  # the same edge's bytes, where they go by TCP
     KV_REGION = "kv_region"  # the same edge's memory, where it is shared: hands the descriptor over, then stays open as the fence
+    KV_CUDA_IPC = "kv_cuda_ipc"  # the same for memory on a GPU: brings the handles, then stays open as the fence
+    KV_NCCL = "kv_nccl"  # the same edge's communicator: where its two ranks meet, and whether the prefill worker got there
     IMAGE = "image"  # a worker that fetches weight images
     HOST_TIER = "host_tier"  # a worker that fetches the node's host memory for KV, from the same socket
 
@@ -71,11 +77,21 @@ class Pong:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTerms:
+    """Where a worker's region is and what it has to reach others, for the capability exchange."""
+
+    uuid: str = ""  # of its GPU; "" for host memory
+    nccl_version: int = 0  # 0: it has none
+    no_nccl: str = ""  # and why
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeOffer:
     """Decode worker's part of the capability exchange, in its Answer."""
 
     sink: Peer
     backends: tuple[str, ...]
+    device: DeviceTerms = DeviceTerms()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +105,7 @@ class EdgeTerms:
     backends: tuple[str, ...]
     unix_name: str
     num_ranks: int = 1  # of the source: how many regions are handed over
+    device: DeviceTerms = DeviceTerms()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +114,33 @@ class JoinEdge:
 
     edge: int
     secret: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IpcTerms:
+    """Answer to a connection of kind KV_CUDA_IPC: the region's handle, and those of the events that say when a move's blocks are final.
+
+    Move number `seq` waits for event `seq` modulo their number; a handle has 64 bytes.
+    """
+
+    memory: bytes
+    events: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinComm:
+    """The connection of kind KV_NCCL, in its Answer: meet there, as rank 1."""
+
+    edge: int
+    secret: bytes
+    unique_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommJoined:
+    """Answer to it, once the communicator can be used, or cannot."""
+
+    error: ErrorReport | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

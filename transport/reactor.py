@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -45,3 +48,13 @@ class Reactor:
             self.post(self.loop.stop)
             if not self.is_current:
                 self._thread.join(5.0)
+
+
+async def all_set(events: Iterable[asyncio.Event], within_s: float, what: str) -> None:
+    """Wait for all of them, but no longer; what is late is logged, since whoever closes can only go on."""
+    try:
+        async with asyncio.timeout(within_s):
+            for event in events:
+                await event.wait()
+    except TimeoutError:
+        log.warning("transport.unsettled what=%s after_s=%g", what, within_s)

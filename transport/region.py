@@ -13,9 +13,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from polymux.transport.errors import ConfigError, GrantViolation
 from polymux.transport.head_slices import first_holders, sharded
 from polymux.transport.messages import KVLayout
+from polymux.transport.protocol import DeviceTerms
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a peer that maps it can never meet SIGBUS
 
@@ -67,6 +68,14 @@ class Region:
             os.close(fd)
             raise
 
+    def terms(self) -> DeviceTerms:
+        """What a peer needs to know to choose how to reach it: this is host memory."""
+        return DeviceTerms()
+
+    def grids(self, followers: Sequence[Region] = ()) -> Grids[BlockGrid]:
+        """`followers`: the regions of an instance's other ranks."""
+        return grids_over([self.buffer, *(follower.buffer for follower in followers)])
+
     def read_only_fd(self) -> int:
         """A new descriptor through which the memory can be read and not written; the caller closes it."""
         if self.fd is None:
@@ -106,6 +115,26 @@ def this_host() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+class Grid(Protocol):
+    """The blocks of one layout over some memory; what else it can do depends on where that memory is."""
+
+    layout: KVLayout
+    num_blocks: int
+
+    def check(self, block_ids: Sequence[int]) -> None:
+        """Raise GrantViolation unless every id is a block of this grid."""
+
+
+G = TypeVar("G", bound=Grid, covariant=True)
+
+
+def check_ids(block_ids: Sequence[int], num_blocks: int, layout: KVLayout) -> None:
+    """Raise GrantViolation unless every id is one of so many blocks."""
+    for block_id in block_ids:
+        if not 0 <= block_id < num_blocks:
+            raise GrantViolation(f"block {block_id} is outside the {num_blocks} blocks of {layout.block_bytes} bytes here")
+
+
 class BlockGrid:
     """The blocks of one layout over a buffer: `array[block, layer]` is one contiguous row of the widest integers that fit.
 
@@ -127,9 +156,7 @@ class BlockGrid:
 
     def check(self, block_ids: Sequence[int]) -> None:
         """Raise GrantViolation unless every id is a block of this grid."""
-        for block_id in block_ids:
-            if not 0 <= block_id < self.num_blocks:
-                raise GrantViolation(f"block {block_id} is outside the {self.num_blocks} blocks of {self.layout.block_bytes} bytes here")
+        check_ids(block_ids, self.num_blocks, self.layout)
 
     def view(self, block_id: int, layer_lo: int, layer_hi: int) -> memoryview:
         """The bytes of layers [layer_lo, layer_hi) of one block, on this rank."""
@@ -160,25 +187,31 @@ class BlockGrid:
                     grid.array[block_id, layer_lo:layer_hi] = first.array[block_id, layer_lo:layer_hi]
 
 
-class Grids:
-    """The grids over one buffer, or over those of an instance's ranks, made once per layout."""
+class Grids(Generic[G]):
+    """The grids over one memory, or over those of an instance's ranks, made once per layout."""
 
-    def __init__(self, buffer: memoryview, others: Sequence[memoryview] = ()) -> None:
-        self._buffer = buffer
-        self._others = tuple(others)
-        self._grids: dict[KVLayout, BlockGrid] = {}
+    def __init__(self, make: Callable[[KVLayout], G], num_ranks: int = 1) -> None:
+        self._make: Callable[[KVLayout], G] | None = make
+        self._num_ranks = num_ranks
+        self._grids: dict[KVLayout, G] = {}
 
-    def of(self, layout: KVLayout) -> BlockGrid:
+    def of(self, layout: KVLayout) -> G:
         grid = self._grids.get(layout)
         if grid is None:
-            grid = self._grids[layout] = BlockGrid(self._buffer, layout, self._others)
+            assert self._make is not None, "closed"
+            grid = self._grids[layout] = self._make(layout)
         return grid
 
-    def of_model(self, layout: KVLayout) -> BlockGrid:
+    def of_model(self, layout: KVLayout) -> G:
         """The grid of the same model's blocks as they lie here, whatever the ranks that `layout` is for."""
-        return self.of(sharded(layout, 1 + len(self._others)))
+        return self.of(sharded(layout, self._num_ranks))
 
     def close(self) -> None:
         """Let go of the memory."""
         self._grids.clear()
-        self._buffer, self._others = memoryview(b""), ()
+        self._make = None
+
+
+def grids_over(buffers: Sequence[memoryview]) -> Grids[BlockGrid]:
+    """Of one host memory, or of that of each rank."""
+    return Grids(lambda layout: BlockGrid(buffers[0], layout, buffers[1:]), len(buffers))

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_in
+from backends import GPU_BACKENDS, HOST_BACKENDS, config_of
 
 KV_PEER = Path(__file__).with_name("kv_peer.py")
 
@@ -71,11 +73,21 @@ def pair(kv_peer: Any) -> Callable[..., AbstractContextManager[Any]]:
     return run
 
 
-@pytest.fixture(params=["local", "shm", "tcp", "fault+shm", "fault+tcp"])
+@pytest.fixture
+def at_rest() -> Iterator[Any]:
+    """The GPU's stand-in with all its knobs as they were; skipped where it cannot be compiled."""
+    if stand_in.compiler() is None:
+        pytest.skip("no C compiler for the GPU's stand-in")
+    stand_in.turn(**stand_in.RESTED)
+    yield stand_in
+    stand_in.turn(**stand_in.RESTED)
+
+
+@pytest.fixture(params=[*HOST_BACKENDS, *GPU_BACKENDS, "fault+shm", "fault+tcp", "fault+cuda_ipc", "fault+nccl"])
 def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Configuration of either side for one backend; wrapped, with a peer that must confirm the quiet, and late messages."""
     name: str = request.param
-    config: dict[str, Any] = {"settings": {"backend": name.removeprefix("fault+")}}
+    config = config_of(request, name.removeprefix("fault+"))
     if name.startswith("fault+"):
         config |= {"faults": [{"step": "source.send.move", "action": "delay", "nth": 1, "delay_s": 0.01}], "peer_writes": True}
     return config

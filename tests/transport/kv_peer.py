@@ -77,6 +77,55 @@ class Pool:
         return len(self.free) == NUM_BLOCKS
 
 
+def region_of(config: dict[str, Any]) -> Any:
+    """`gpu`: "stand-in", or "cuda" for a real one; `limits` are those of its communicators."""
+    if "gpu" not in config:
+        return Region.wrap(bytearray(REGION_BYTES)) if config.get("plain") else Region.create(REGION_BYTES)
+    from polymux.transport.cuda.mover import Mover
+    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.nccl.comm import CommLimits
+
+    if config["gpu"] == "cuda":
+        region = DeviceRegion.create(REGION_BYTES)
+    else:
+        import stand_in
+
+        region = stand_in.region(REGION_BYTES, config.get("nccl_path"))
+    fence = {"fence": config["fence"]} if "fence" in config else {}
+    region._mover = Mover(region, nccl_path=region._nccl_path, limits=CommLimits(**config.get("limits", {})), **fence)
+    return region
+
+
+def write(region: Any, layout: KVLayout, block_ids: list[int], layers: range, cells: Any) -> Any:
+    """Put 64-bit words there; on a GPU, the event after which they are there."""
+    if isinstance(region, Region):
+        BlockGrid(region.buffer, layout).array[block_ids, layers.start : layers.stop] = cells
+        return None
+    import torch
+
+    from polymux.transport.cuda.region import DeviceGrid
+
+    rows = DeviceGrid(region.tensor, layout).rows
+    words = torch.from_numpy(np.broadcast_to(cells, (len(block_ids), len(layers), rows.shape[2])).astype(np.int64))
+    rows[torch.tensor(block_ids, device=rows.device), layers.start : layers.stop] = words.to(rows.device)
+    if region.device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def read(region: Any, layout: KVLayout, block_ids: list[int]) -> Any:
+    if isinstance(region, Region):
+        return BlockGrid(region.buffer, layout).array[block_ids]
+    import torch
+
+    from polymux.transport.cuda.region import DeviceGrid
+
+    rows = DeviceGrid(region.tensor, layout).rows
+    return rows[torch.tensor(block_ids, device=rows.device)].cpu().numpy().astype(np.uint64)
+
+
 def faults_of(config: dict[str, Any]) -> Faults | None:
     if "faults" not in config:
         return None
@@ -101,7 +150,7 @@ class Prefiller:
     def __init__(self, **config: Any) -> None:
         self.epoch = Epoch(config.get("epoch", 3))
         self.pool = Pool(seed=1)
-        self.region = Region.wrap(bytearray(REGION_BYTES)) if config.get("plain") else Region.create(REGION_BYTES)
+        self.region = region_of(config)
         self.server = WorkerServer(
             worker_id=WorkerId(config.get("worker_id", "prefill-0")),
             token=config.get("token", TOKEN),
@@ -148,8 +197,8 @@ class Prefiller:
         job = self._jobs.pop(ref)
         with job.lock:
             job.is_cancelled = job.is_released = True
-            grid = BlockGrid(self.region.buffer, job.layout)
-            grid.array[job.blocks] = np.uint64(0xDEAD)
+            if job.blocks:
+                write(self.region, job.layout, job.blocks, range(job.layout.num_layers), np.uint64(0xDEAD))
             self.pool.give(job.blocks, job.layout)
         self.released.append(ref)
 
@@ -182,10 +231,10 @@ class Prefiller:
         with job.lock:
             if job.is_cancelled:
                 return False
-            grid, ids = BlockGrid(self.region.buffer, job.layout), job.blocks[blocks.start : blocks.stop]
-            cells = pattern(job.prefill.sequence_id, len(job.blocks), job.layout)
-            grid.array[ids, layers.start : layers.stop] = cells[blocks.start : blocks.stop, layers.start : layers.stop]
-        return self.source.push(job.ref, layers.start, layers.stop, ids, blocks.start)
+            ids, cells = job.blocks[blocks.start : blocks.stop], pattern(job.prefill.sequence_id, len(job.blocks), job.layout)
+            some = cells[blocks.start : blocks.stop, layers.start : layers.stop]
+            ready = write(self.region, job.layout, ids, layers, some) if ids else None
+        return self.source.push(job.ref, layers.start, layers.stop, ids, blocks.start, ready)
 
     def commit(self, job: _Job) -> bool:
         return self.source.commit(job.ref, Prefilled(sequence_id=job.prefill.sequence_id, token_id=42, finish_reason=None))
@@ -237,7 +286,7 @@ class Decoder:
 
     def __init__(self, **config: Any) -> None:
         self.pool = Pool(seed=2)
-        self.region = Region.wrap(bytearray(REGION_BYTES)) if config.get("plain") else Region.create(REGION_BYTES)
+        self.region = region_of(config)
         self.epoch = Epoch(config.get("epoch", 5))
         worker_id = WorkerId(config.get("worker_id", "decode-0"))
         self.identity = Peer(worker_id=worker_id, epoch=self.epoch, address="", host_id=config.get("host_id", this_host()))
@@ -294,9 +343,8 @@ class Decoder:
             transfer = self.transfers[event.transfer_id]
             if isinstance(event, KVCommitted):
                 assert event.sequence_id == event.prefilled.sequence_id == transfer.sequence_id
-                grid = BlockGrid(self.region.buffer, transfer.layout)
                 expected = pattern(transfer.sequence_id, len(transfer.blocks), transfer.layout)
-                self.num_wrong += not np.array_equal(grid.array[transfer.blocks], expected)
+                self.num_wrong += not np.array_equal(read(self.region, transfer.layout, transfer.blocks), expected)
             if not isinstance(event, KVFailed):
                 self.pool.give(transfer.blocks, transfer.layout)
             transfer.events.append(event)

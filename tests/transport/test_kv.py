@@ -275,9 +275,9 @@ def test_source_blocks_are_released_only_after_the_sender_has_forgotten_them(pai
     happened: list[str] = []
     forget = TcpSender.forget
 
-    def noted_forget(sender: TcpSender, transfer_id: TransferId) -> None:
+    def noted_forget(sender: TcpSender, transfer_id: TransferId, then: Any) -> None:
         happened.append("forgotten")
-        forget(sender, transfer_id)
+        forget(sender, transfer_id, then)
 
     monkeypatch.setattr(TcpSender, "forget", noted_forget)
     tcp = {"settings": {"backend": "tcp"}}

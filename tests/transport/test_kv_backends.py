@@ -217,11 +217,11 @@ async def test_a_sender_that_forgets_reads_no_source_block_again_and_keeps_the_s
     failures: list[Exception] = []
     sender = TcpSender(asyncio.get_running_loop(), failures.append)
     sender.attach(ours)
-    sender.send_move(move(1, 16), source)
-    sender.send_move(move(1, 8, 16), source)
+    sender.send_move(move(1, 16), source, None)
+    sender.send_move(move(1, 8, 16), source, None)
     sender.send_commit(commit(2))
     await reader.ahead(read_before)
-    sender.forget(TransferId(1))
+    sender.forget(TransferId(1), lambda: None)
     source.array[:] = 9
     first = await reader.message()
     assert (first.transfer_id, first.num_bytes) == (1, 16 * LAYOUT.block_bytes)
@@ -229,7 +229,7 @@ async def test_a_sender_that_forgets_reads_no_source_block_again_and_keeps_the_s
     assert set(payload) == {7, 0}  # what was sent before it was forgotten, and zeros
     assert await reader.message() == commit(2)  # the second move was never sent
     assert failures == []
-    sender.close()
+    sender.close(lambda: None)
 
 
 async def test_a_header_that_has_not_left_yet_is_not_overwritten(wire: tuple[socket.socket, socket.socket]) -> None:
@@ -242,12 +242,12 @@ async def test_a_header_that_has_not_left_yet_is_not_overwritten(wire: tuple[soc
             break
     sender, reader = TcpSender(asyncio.get_running_loop(), lambda _: None), Reader(theirs)
     sender.attach(ours)
-    sender.send_move(move(1, 2), grid(7))
-    sender.forget(TransferId(1))
+    sender.send_move(move(1, 2), grid(7), None)
+    sender.forget(TransferId(1), lambda: None)
     await reader.take(junk)
     assert (await reader.message()).transfer_id == 1
     assert not any(await reader.take(2 * LAYOUT.block_bytes))
-    sender.close()
+    sender.close(lambda: None)
 
 
 async def test_a_sender_whose_peer_is_gone_says_so(wire: tuple[socket.socket, socket.socket]) -> None:
@@ -256,9 +256,9 @@ async def test_a_sender_whose_peer_is_gone_says_so(wire: tuple[socket.socket, so
     sender = TcpSender(asyncio.get_running_loop(), failures.append)
     sender.attach(ours)
     theirs.close()
-    sender.send_move(move(1, 16), grid(7))
+    sender.send_move(move(1, 16), grid(7), None)
     assert isinstance(failures[0], PeerLost)
-    sender.close()
+    sender.close(lambda: None)
 
 
 def test_a_copy_merges_neighbours_on_both_sides_and_moves_only_what_it_should() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from polymux.transport.errors import ConfigError, GrantViolation
 from polymux.transport.messages import KVLayout
-from polymux.transport.region import BlockGrid, Grids, Region, drop_pages, map_read_only, this_host
+from polymux.transport.region import BlockGrid, Region, drop_pages, grids_over, map_read_only, this_host
 from polymux.transport.units import MIB
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="bfloat16", block_size=2)
@@ -113,7 +113,7 @@ def test_a_block_outside_the_grid_is_a_violation(block_id: int) -> None:
 
 
 def test_grids_are_made_once_per_layout() -> None:
-    grids = Grids(memoryview(bytearray(LAYOUT.block_bytes)))
+    grids = grids_over([memoryview(bytearray(LAYOUT.block_bytes))])
     assert grids.of(LAYOUT) is grids.of(LAYOUT)
 
 

@@ -1,0 +1,231 @@
+"""Backend `cuda_ipc`: two processes of one host, on one GPU or on two that reach each other. One maps the other's region.
+
+As with `shm`, the decode side copies, on a stream of its own, and the connection that brought the handle is the fence. What a move's blocks
+still wait for is an event of the prefill worker's, which the decode worker has opened too and looks at before it begins to copy; it
+never lets its device wait for one, since the event of a process that has died may never come. `local` is the same within one process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from polymux.transport.cuda.mover import Mover
+from polymux.transport.cuda.region import DeviceGrid, DeviceRegion, as_tensor
+from polymux.transport.cuda.runtime import HANDLE_BYTES
+from polymux.transport.errors import CudaError, WireError
+from polymux.transport.frames import drive_async, read_frame
+from polymux.transport.handshake import Introduction
+from polymux.transport.kv_backend import DeviceEvent, Landing
+from polymux.transport.kv_device import Arrival, DeviceReceiver
+from polymux.transport.messages import KVLayout
+from polymux.transport.protocol import Commit, IpcTerms, Move
+from polymux.transport.reactor import Reactor
+from polymux.transport.region import Grid, Grids
+from polymux.transport.sockets import dial_tcp, is_closed
+from polymux.transport.units import TransferId, unpack_ids
+from polymux.transport.wire import decode_as
+
+NUM_EVENTS = 64  # a move waits for a later one's event when so many are under way, which is late but never wrong
+
+
+class EventRing:
+    """Events that are recorded in turn on one stream, so that each comes no earlier than those before it. Used by one edge at a time."""
+
+    def __init__(self, region: DeviceRegion) -> None:
+        self._runtime = region.runtime
+        self._index = region.index
+        self._runtime.set_device(region.index)
+        self._stream = self._runtime.stream()
+        self.events = tuple(self._runtime.event(is_interprocess=True) for _ in range(NUM_EVENTS))
+
+    def mark(self, seq: int, ready: DeviceEvent | None) -> None:
+        """Record the event of a move: it comes once `ready` has."""
+        self._runtime.set_device(self._index)
+        if ready is not None:
+            self._runtime.wait_event(self._stream, ready.cuda_event)
+        self._runtime.record(self.events[seq % NUM_EVENTS], self._stream)
+
+    def close(self) -> None:
+        for event in self.events:
+            self._runtime.destroy_event(event)
+        self._runtime.destroy_stream(self._stream)
+
+
+class Rings:
+    """The rings of one region. They live as long as it: to destroy an event that another process has open is undefined."""
+
+    def __init__(self, region: DeviceRegion) -> None:
+        self._region = region
+        self._lock = threading.Lock()
+        self._free: list[EventRing] = []
+
+    def take(self) -> EventRing:
+        with self._lock:
+            return self._free.pop() if self._free else EventRing(self._region)
+
+    def give(self, ring: EventRing) -> None:
+        with self._lock:
+            self._free.append(ring)
+
+    def close(self) -> None:
+        """The worker ends."""
+        for ring in self._free:
+            ring.close()
+        self._free.clear()
+
+
+class DevicePullSender:
+    """The prefill side: marks what is ready on the device, says so, and leaves the reading to the peer. `fence` is the backend's."""
+
+    def __init__(self, send: Callable[[Move | Commit], object], ring: EventRing, fence: Callable[[], None]) -> None:
+        self._send = send
+        self._ring = ring
+        self._fence = fence
+        self._next_seq = 0
+
+    def send_move(self, move: Move, source: Grid, ready: DeviceEvent | None) -> None:
+        """No checksum: the bytes may not be there yet, and nothing carries them that could damage them."""
+        self._ring.mark(self._next_seq, ready)
+        self._send(replace(move, seq=self._next_seq, num_checked_blocks=0))
+        self._next_seq += 1
+
+    def send_commit(self, commit: Commit) -> None:
+        self._send(commit)
+
+    def forget(self, transfer_id: TransferId, then: Callable[[], None]) -> None:
+        then()  # the sink has said that it reads no more
+
+    def close(self, then: Callable[[], None]) -> None:
+        self._fence()
+        then()
+
+
+def export(region: DeviceRegion, ring: EventRing) -> IpcTerms:
+    """What another process needs to read the region, and to know when."""
+    runtime = region.runtime
+    runtime.set_device(region.index)
+    return IpcTerms(memory=runtime.memory_handle(region.address), events=b"".join(runtime.event_handle(event) for event in ring.events))
+
+
+async def open_cuda_ipc(
+    address: str,
+    intro: Introduction,
+    token: str,
+    deadline_s: float,
+    region_bytes: int,
+    region: DeviceRegion,
+    reactor: Reactor,
+    landing: Landing,
+) -> DeviceReceiver:
+    """Raises PeerLost, TransferTimeout, WireError, CudaError or OutOfMemory when the source's memory cannot be had."""
+    sock, _ = await dial_tcp(address, intro, token, deadline_s)
+    try:
+        terms = decode_as(IpcTerms, await drive_async(read_frame(), sock, deadline_s))
+        source = await region.mover.ask(partial(_map, region, terms, region_bytes, sock.close), deadline_s)
+    except BaseException:
+        sock.close()
+        raise
+    link = PullLink("cuda_ipc", region.mover, region, source, lambda: is_closed(sock))
+    return DeviceReceiver(link, region.mover, reactor, landing)
+
+
+def open_within(
+    source: DeviceRegion, ring: EventRing, region: DeviceRegion, is_fenced: Callable[[], bool], reactor: Reactor, landing: Landing
+) -> DeviceReceiver:
+    """The source is in this process."""
+    mapped = Mapped(source.address, source.nbytes, ring.events, lambda: None)
+    region.mover.post(region.mover.slabs.prepare)
+    return DeviceReceiver(PullLink("local", region.mover, region, mapped, is_fenced), region.mover, reactor, landing)
+
+
+def _map(region: DeviceRegion, terms: IpcTerms, region_bytes: int, release: Callable[[], None]) -> Mapped:
+    runtime = region.runtime
+    if len(terms.memory) != HANDLE_BYTES or not terms.events or len(terms.events) % HANDLE_BYTES:
+        raise WireError(f"IPC handles of {len(terms.memory)} and {len(terms.events)} bytes")
+    region.mover.slabs.prepare()
+    opened: list[int] = []
+    address = runtime.open_memory(terms.memory)
+
+    def let_go() -> None:
+        release()
+        for event in opened:
+            with suppress(CudaError):  # its owner may be dead
+                runtime.destroy_event(event)
+        with suppress(CudaError):
+            runtime.close_memory(address)
+
+    try:
+        starts = range(0, len(terms.events), HANDLE_BYTES)
+        opened.extend(runtime.open_event(terms.events[start : start + HANDLE_BYTES]) for start in starts)
+    except CudaError:
+        let_go()
+        raise
+    return Mapped(address, region_bytes, opened, let_go)
+
+
+@dataclass(slots=True)
+class Mapped:
+    """A source's memory and events as this process sees them. `release` lets them go; in the mover's thread."""
+
+    address: int
+    nbytes: int
+    events: Sequence[int]
+    release: Callable[[], None]
+
+
+class PullLink:
+    """A source that this device reads by itself: nothing has to be brought in before the copy."""
+
+    takes_all = False
+
+    def __init__(self, name: str, mover: Mover, region: DeviceRegion, source: Mapped, is_fenced: Callable[[], bool]) -> None:
+        self.name = name
+        self.is_fenced = is_fenced
+        self._mover = mover
+        self._source = source
+        self._is_open = True
+        memory = as_tensor(source.address, source.nbytes, region.device)
+        self._grids: Grids[DeviceGrid] = Grids(lambda layout: DeviceGrid(memory, layout))
+
+    def grid(self, layout: KVLayout) -> DeviceGrid:
+        return self._grids.of(layout)
+
+    def step(self, now_s: float) -> bool:
+        return False
+
+    @property
+    def is_busy(self) -> bool:
+        return False
+
+    def can_begin(self, move: Move) -> bool:
+        """Whether the source's device has finished what the move is about."""
+        return self._mover.runtime.is_done(self._source.events[move.seq % len(self._source.events)])
+
+    def begin(self, arrival: Arrival, now_s: float) -> None:
+        return
+
+    def is_in(self, arrival: Arrival) -> bool:
+        return True
+
+    def fetch(self, arrival: Arrival) -> None:
+        move, transfer, slab = arrival.item, arrival.transfer, arrival.slab
+        assert isinstance(move, Move) and transfer is not None and slab is not None
+        source, block_ids = self._grids.of(transfer.layout), unpack_ids(move.src_block_ids)
+        source.check(block_ids)
+        slab.gather(source, block_ids, range(move.layer_lo, move.layer_hi))
+
+    def close(self, now_s: float) -> None:
+        self._is_open = False
+
+    @property
+    def is_gone(self) -> bool:
+        return not self._is_open
+
+    def release(self) -> None:
+        """Nothing is copied any more."""
+        self._grids.close()
+        self._source.release()
