@@ -99,17 +99,20 @@ _tiles_2_2, _tiles_1_2, _tiles_1_4 = packed_dot.tile_group(2, 2), packed_dot.til
 
 
 @jit
-def _most_blocks(m: Any, step: Any) -> Any:
-    """Of a group: tiles hold half of the sums that registers do."""
-    return (GROUP_LINES if step.tiles == 0 or step.rows <= DOT_ROWS else GROUP_LINES // 2) // m.lines
+def _has_tiles(step: Any) -> Any:
+    return step.tiles != 0 and step.rows > DOT_ROWS
 
 
 @jit
-def _group(m: Any, block: Any, apart: Any, blocks: Any, step: Any, x: Any, out: Any) -> None:
-    """Sums of x and the weight's `block`, `block + apart`, and so on."""
-    size = m.lines * 64 * m.pairs
-    weight, stride = m.weight + block * size, apart * size
-    if step.tiles != 0 and step.rows > DOT_ROWS:
+def _most_blocks(m: Any, step: Any) -> Any:
+    """Of a group: neither registers hold more sums, from DOT_ROWS on, nor tiles."""
+    return (GROUP_LINES if step.rows < DOT_ROWS else GROUP_LINES // 2) // m.lines
+
+
+@jit
+def _group(m: Any, weight: Any, stride: Any, blocks: Any, step: Any, x: Any, out: Any) -> None:
+    """Sums of x and `blocks` blocks of the shape of `m`'s, at the address `weight` and each `stride` bytes after the one before."""
+    if _has_tiles(step):
         if m.lines == 4:
             _tiles_1_4(weight, stride, x, m.pairs, out)
         elif blocks == 2:
@@ -132,7 +135,7 @@ def _group(m: Any, block: Any, apart: Any, blocks: Any, step: Any, x: Any, out: 
 @jit
 def _begin(m: Any, step: Any, member: Any, team: Any) -> Any:
     """This thread's blocks of weight rows."""
-    if step.tiles != 0 and step.rows > DOT_ROWS:
+    if _has_tiles(step):
         configure_tiles(step.tiles)
     blocks = -(-m.rows // (m.lines * LANES))
     return blocks * member // team, blocks * (member + 1) // team
@@ -140,7 +143,7 @@ def _begin(m: Any, step: Any, member: Any, team: Any) -> Any:
 
 @jit
 def _end(step: Any) -> None:
-    if step.tiles != 0 and step.rows > DOT_ROWS:
+    if _has_tiles(step):
         release_tiles()
 
 
@@ -156,11 +159,11 @@ def _add_bias(m: Any, start: Any, sums: Any, count: Any) -> None:
 def _product(m: Any, step: Any, x: Any, scratch: Any, member: Any, team: Any, out: Any, kind: Any) -> None:
     """x by a weight. kind 0: fp32 to `out`; 1: added to `out` in bf16; 2: fp32 of what bf16 holds."""
     block, end = _begin(m, step, member, team)
-    size, blocks = m.lines * LANES, _most_blocks(m, step)
+    size, blocks, nbytes = m.lines * LANES, _most_blocks(m, step), m.lines * 64 * m.pairs
     while block < end:
         apart = (end - block) // blocks  # each of a group's streams goes on where it was in the group before
         for first in range(block, block + apart):
-            _group(m, first, apart, blocks, step, x, scratch)
+            _group(m, m.weight + first * nbytes, apart * nbytes, blocks, step, x, scratch)
             for i in range(blocks):
                 start = (first + i * apart) * size
                 count = min(size, m.rows - start)
@@ -183,27 +186,25 @@ def _product(m: Any, step: Any, x: Any, scratch: Any, member: Any, team: Any, ou
 @jit
 def _gated(gate: Any, up: Any, step: Any, x: Any, scratch: Any, member: Any, team: Any, pitch: Any) -> None:
     """silu(gate(x)) * up(x) to `step.hidden`, rows `pitch` apart."""
-    block, end = _begin(gate, step, member, team)
-    size, blocks = gate.lines * LANES, _most_blocks(gate, step)
-    other = scratch + 4 * GROUP_LINES * LANES * MAX_ROWS
-    while block < end:
-        apart = (end - block) // blocks
-        for first in range(block, block + apart):
-            _group(gate, first, apart, blocks, step, x, scratch)
-            _group(up, first, apart, blocks, step, x, other)
-            for i in range(blocks):
-                start = (first + i * apart) * size
-                count = min(size, gate.rows - start)
-                for row in range(step.rows):
-                    place = 4 * (i * MAX_ROWS + row) * size
-                    gates, ups = _floats(scratch + place, count), _floats(other + place, count)
-                    _add_bias(gate, start, gates, count)
-                    _add_bias(up, start, ups, count)
-                    out = _halves(step.hidden + 2 * (row * pitch + start), count)
-                    for j in range(count):
-                        out[j] = _narrow(gates[j] * ups[j] / (_ONE + _exp(-gates[j])))
-        block += apart * blocks
-        blocks //= 2
+    first, end = _begin(gate, step, member, team)
+    size, nbytes = gate.lines * LANES, gate.lines * 64 * gate.pairs
+    other = scratch + 4 * MAX_ROWS * size
+    for block in range(first, end):
+        weight = gate.weight + block * nbytes
+        if _has_tiles(step) and gate.lines == 4:
+            _group(gate, weight, 0, 1, step, x, scratch)
+            _group(up, up.weight + block * nbytes, 0, 1, step, x, other)
+        else:
+            _group(gate, weight, up.weight - gate.weight, 2, step, x, scratch)
+        start = block * size
+        count = min(size, gate.rows - start)
+        for row in range(step.rows):
+            gates, ups = _floats(scratch + 4 * row * size, count), _floats(other + 4 * row * size, count)
+            _add_bias(gate, start, gates, count)
+            _add_bias(up, start, ups, count)
+            out = _halves(step.hidden + 2 * (row * pitch + start), count)
+            for j in range(count):
+                out[j] = _narrow(gates[j] * ups[j] / (_ONE + _exp(-gates[j])))
     _end(step)
 
 

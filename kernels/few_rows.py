@@ -110,7 +110,7 @@ class FewRows:
         step["eps"], step["scale"] = heads.eps, heads.scale
         group = heads.num_heads // shape.num_kv_heads
         attention = 2 * group * shape.head_dim + group * (SLOTS + 2)
-        step["scratch_bytes"] = -(-4 * max(2 * GROUP_LINES * LANES * MAX_ROWS, attention) // 64) * 64
+        step["scratch_bytes"] = -(-4 * max(GROUP_LINES * LANES * MAX_ROWS, attention) // 64) * 64
         return step
 
     def _take_memory(self, num_threads: int) -> None:

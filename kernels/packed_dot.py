@@ -20,8 +20,10 @@ LINE_BYTES = 64
 MAX_ROWS = 16  # of x
 DOT_ROWS = 4  # of x at once, without tiles
 TILE_PAIRS = 16  # column pairs that a tile holds
-PREFETCH_BYTES = 2048  # ahead in each stream; measured
-ROWS_AHEAD_BYTES = 1024
+TILES_OF_SUMS = 4  # then come three of weights and one of x
+DOTS_AHEAD_BYTES = 2048  # in each stream; measured, as what follows
+TILES_AHEAD_BYTES = 3072
+TILES_NEAR_BYTES = 256  # to the core's first cache: a tile's load waits for its lines one by one
 
 _I8, _I32, _I64, _F32, _VOID = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
 _BYTES = _I8.as_pointer()
@@ -110,7 +112,6 @@ def _streams(builder: Any, weight: Any, stride: Any, num_blocks: int) -> list[An
 
 def dot_group(num_rows: int, num_blocks: int, lines: int) -> Callable[..., None]:
     """(weight, stride, x, pairs, out): `num_rows` rows of x by `num_blocks` blocks of `lines` * 16 weight rows, `stride` bytes apart."""
-    ahead = PREFETCH_BYTES if num_blocks * lines <= 8 else ROWS_AHEAD_BYTES
 
     def generate(builder: Any, weight: Any, stride: Any, x: Any, pairs: Any, out: Any) -> None:
         streams = _streams(builder, weight, stride, num_blocks)
@@ -123,7 +124,7 @@ def dot_group(num_rows: int, num_blocks: int, lines: int) -> Callable[..., None]
         for block, stream in enumerate(streams):
             base = builder.gep(stream, [builder.mul(loop.k, _I64(lines * LINE_BYTES))])
             for line in range(lines):
-                _prefetch(builder, builder.gep(base, [_I64(line * LINE_BYTES + ahead)]))
+                _prefetch(builder, builder.gep(base, [_I64(line * LINE_BYTES + DOTS_AHEAD_BYTES)]))
                 weights = builder.load(builder.bitcast(builder.gep(base, [_I64(line * LINE_BYTES)]), _INTS.as_pointer()))
                 weights.align = LINE_BYTES
                 for row in range(num_rows):
@@ -141,7 +142,7 @@ def dot_group(num_rows: int, num_blocks: int, lines: int) -> Callable[..., None]
 
 def tile_group(num_blocks: int, lines: int) -> Callable[..., None]:
     """As `dot_group`, in AMX tiles: as many rows of x as `configure_tiles` said. `pairs` is a multiple of TILE_PAIRS."""
-    assert num_blocks * lines <= 4, "four tiles hold sums, three weights, one x"
+    assert num_blocks * lines <= TILES_OF_SUMS
 
     def generate(builder: Any, weight: Any, stride: Any, x: Any, pairs: Any, out: Any) -> None:
         if not HAS_TILES:
@@ -152,16 +153,16 @@ def tile_group(num_blocks: int, lines: int) -> Callable[..., None]:
             _call(builder, "llvm.x86.tilezero", _VOID, _I8(tile))
         loop = _PairLoop(builder, pairs, TILE_PAIRS)
         _call(builder, "llvm.x86.tileloadd64", _VOID, _I8(7), builder.gep(x, [builder.mul(loop.k, _I64(4))]), pitch)
-        for block, stream in enumerate(streams):
-            base = builder.gep(stream, [builder.mul(loop.k, _I64(lines * LINE_BYTES))])
-            for line in range(TILE_PAIRS * lines):
-                _prefetch(builder, builder.gep(base, [_I64(line * LINE_BYTES + PREFETCH_BYTES)]), 3)
-            for line in range(lines):
-                tile = block * lines + line
-                weights = _I8(4 + tile % 3)
-                place = builder.gep(base, [_I64(line * LINE_BYTES)])
-                _call(builder, "llvm.x86.tileloadd64", _VOID, weights, place, _I64(lines * LINE_BYTES))
-                _call(builder, "llvm.x86.tdpbf16ps", _VOID, _I8(tile), _I8(7), weights)
+        bases = [builder.gep(stream, [builder.mul(loop.k, _I64(lines * LINE_BYTES))]) for stream in streams]
+        for tile in range(num_blocks * lines):
+            for place in range(tile * TILE_PAIRS, (tile + 1) * TILE_PAIRS):  # in turns, as the streams are what memory is quick at
+                line = builder.gep(bases[place % num_blocks], [_I64(place // num_blocks * LINE_BYTES)])
+                _prefetch(builder, builder.gep(line, [_I64(TILES_AHEAD_BYTES)]))
+                _prefetch(builder, builder.gep(line, [_I64(TILES_NEAR_BYTES)]), 3)
+            weights = _I8(TILES_OF_SUMS + tile % 3)
+            start = builder.gep(bases[tile // lines], [_I64(tile % lines * LINE_BYTES)])
+            _call(builder, "llvm.x86.tileloadd64", _VOID, weights, start, _I64(lines * LINE_BYTES))
+            _call(builder, "llvm.x86.tdpbf16ps", _VOID, _I8(tile), _I8(7), weights)
         loop.close([], [])
         out = builder.inttoptr(out, _BYTES)
         for tile in range(num_blocks * lines):
@@ -277,7 +278,7 @@ def release_tiles(context: Any) -> Any:
 
 def tile_configuration(num_rows: int) -> bytes:
     """Sums and x have `num_rows` rows, weights TILE_PAIRS; all are 64 bytes wide."""
-    rows = [num_rows] * 4 + [TILE_PAIRS] * 3 + [num_rows]
+    rows = [num_rows] * TILES_OF_SUMS + [TILE_PAIRS] * 3 + [num_rows]
     return bytes([1]) + bytes(15) + LINE_BYTES.to_bytes(2, "little") * len(rows) + bytes(16) + bytes(rows) + bytes(8)
 
 

@@ -23,7 +23,7 @@ from polymux.actors.weights.checkpoint import Checkpoint, num_readers
 from polymux.actors.weights.image import ALIGNMENT, CHECK_BYTES, DTYPES, LAYOUTS, ImageManifest, TensorEntry, checksum, memory_of
 from polymux.actors.weights.parts import EMBEDDING, HEAD, Part, parts_of
 from polymux.actors.weights.read_ahead import AHEAD_BYTES, ReadAhead, Reading
-from polymux.kernels import onednn
+from polymux.kernels import few_rows, onednn
 from polymux.transport.errors import ConfigError
 from polymux.transport.messages import Shard
 
@@ -127,7 +127,8 @@ class _Form:
         if not part.is_linear or self.layout == "plain" or not onednn.pays_off(tensor):
             entry = self._entry(part.name, tensor, "plain")
             return [_Block(entry, memory_of(tensor), tensor, replace(entry, name=EMBEDDING) if is_table else None)]
-        packed = onednn.pack(tensor, for_few_rows=part.name == HEAD)
+        is_compiled = tensor.dtype == torch.bfloat16 and few_rows.is_available()  # which streams either layout, the usual one faster
+        packed = onednn.pack(tensor, for_few_rows=part.name == HEAD and not is_compiled)
         entry = self._entry(part.name, tensor, "onednn", packed.metadata, nbytes=len(packed.memory))
         if not is_table:
             return [_Block(entry, packed.memory, packed)]
