@@ -40,7 +40,7 @@ POLICIES = (*MULTIPLEXED, "request_level", "request_level_idle", "static")
 STEPS_OF_TPOT = 8  # the published 100 ms are 7 to 12 steps of its models
 STEPS_OF_TTFT = 200  # of 64 tokens' mean answers about three, as the published 10 s are of 300 tokens'
 QUOTA_OF_TTFT = 0.4  # the published 4 s
-FIRST_RATE = 6.0  # requests a second
+FIRST_RATE = 4.0  # requests a second
 
 
 @dataclass
@@ -209,9 +209,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--traces", nargs="+", choices=names, default=["even", "zipf", "bursty", "long"])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--models", type=int, default=12)
-    parser.add_argument("--arena-mib", type=int, default=136, help="of one worker, weights and KV")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of arrivals that are measured in one run")
-    parser.add_argument("--warm-up", type=float, default=2.0, help="seconds of arrivals before them")
+    parser.add_argument("--arena-mib", type=int, default=284, help="of one worker, weights and KV")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals that are measured in one run")
+    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds of arrivals before them")
     parser.add_argument("--probes", type=int, default=4, help="runs of one policy on one trace")
     parser.add_argument("--repeats", type=int, default=1, help="searches of each policy on each trace, each with a seed of its own")
     parser.add_argument("--tpot-ms", type=float, help=f"TPOT in place of {STEPS_OF_TPOT} measured steps; TTFT follows")
@@ -221,7 +221,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where the report goes; its picture lies beside it")
     args = parser.parse_args(argv)
     if args.quick:
-        args.traces, args.models, args.arena_mib, args.seconds, args.warm_up, args.probes = ["zipf"], 6, 96, 2.0, 0.5, 2
+        args.traces, args.models, args.arena_mib, args.seconds, args.warm_up, args.probes = ["zipf"], 6, 192, 2.0, 0.5, 2
     return args
 
 

@@ -1,6 +1,8 @@
 """A catalogue of checkpoints with random weights: several sizes, every model with a seed of its own, so that no two have the same image.
 
-Sizes matter and values do not: a step reads every weight once, and a switch copies every weight once. The demo's tokenizer comes along.
+Sizes matter and values do not: a step reads every weight once, and a switch copies every weight once. They are large enough that a step
+takes some milliseconds, or the processes that ask and answer, which share the cores with the workers, would be what is measured. The
+demo's tokenizer comes along.
 """
 
 from __future__ import annotations
@@ -74,9 +76,9 @@ class Shape:
         return found
 
 
-SMALL = Shape(num_layers=4, hidden_size=512, intermediate_size=1536)
-MEDIUM = Shape(num_layers=5, hidden_size=512, intermediate_size=1664)
-LARGE = Shape(num_layers=6, hidden_size=640, intermediate_size=1792)
+SMALL = Shape(num_layers=6, hidden_size=640, intermediate_size=1792)
+MEDIUM = Shape(num_layers=7, hidden_size=640, intermediate_size=2048)
+LARGE = Shape(num_layers=7, hidden_size=768, intermediate_size=2304)
 MIX = (SMALL, SMALL, MEDIUM, SMALL, SMALL, LARGE, SMALL, MEDIUM, SMALL, LARGE)  # six, two and two of ten, as in the published catalogue
 
 
