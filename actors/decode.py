@@ -7,19 +7,18 @@ failed stay in quarantine until the transport says that nobody writes to them an
 from __future__ import annotations
 
 from collections.abc import Collection
-
-import torch
+from contextlib import suppress
 
 from polymux.actors.copier import Copier
+from polymux.actors.drawn import Ask
 from polymux.actors.engine import Engine
+from polymux.actors.flight import Flight, batch_of
 from polymux.actors.grants import Grants
 from polymux.actors.host_tier import HostTier
 from polymux.actors.kept import KeptSequences
 from polymux.actors.meter import Meter
-from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
 from polymux.actors.room import Room
-from polymux.actors.sampler import sample_each
 from polymux.actors.sequence import Phase, Sequence
 from polymux.actors.swap import Swapper
 from polymux.actors.turns import Turns
@@ -64,6 +63,8 @@ class DecodeRole:
         self._swaps = Swapper(engine, meter, tier, copier, on_back=turns.came)
         self._room = Room(engine, self._swaps, meter)
         self._num_accepted = 0
+        self._flight: Flight | None = None  # the last step, while its tokens are not read
+        self._landed_s = 0.0
 
     @property
     def num_open(self) -> int:
@@ -115,6 +116,7 @@ class DecodeRole:
         One that runs is kept with its KV. One that waits has none, and is told so; one that is swapped out loses its own. One whose KV is
         on its way, or waits for it at the worker that it came from, stays: ask again.
         """
+        self.settle()
         for sequence in [s for s in self._sequences.values() if model in (None, s.spec.model)]:
             if sequence.phase is Phase.RUNNING:
                 del self._sequences[sequence.command.sequence_id]
@@ -180,13 +182,31 @@ class DecodeRole:
 
         Models in `wanted` have work on this worker: their weights leave last.
         """
+        if self._flight is not None and not self._can_run_ahead(self._flight, turn.model):
+            self.settle()
         batch = self._room.form(turn.model, self._sequences.values())
-        if batch:
-            self._run(turn, batch, wanted)
-        return bool(batch)
+        if not batch:
+            return self.settle()
+        self._run(turn, batch, wanted)
+        return True
+
+    def settle(self) -> bool:
+        """Take in the tokens of the step that the device was handed last, if any. False when there is none."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._land(flight)
+        return flight is not None
+
+    def _can_run_ahead(self, flight: Flight, model: ModelName) -> bool:
+        """Whether the next step needs nothing that only the tokens of the last one tell."""
+        return (
+            flight.model == model == self._engine.residency.active
+            and all(s.sampler.counts is None for s in flight.batch)
+            and self._room.is_ample(model, self._sequences.values())
+        )
 
     def _run(self, turn: Turn, batch: list[Sequence], wanted: Collection[ModelName]) -> None:
-        started_s = self._engine.clock()
+        before, started_s = self._flight, self._engine.clock()
         try:
             switch = self._engine.activate(turn.model, wanted=wanted)
             if switch is not None:
@@ -194,16 +214,38 @@ class DecodeRole:
                 self._turns.began()
                 started_s = self._engine.clock()
             self._engine.prefetch(turn.prefetch, wanted=wanted)
-            logits = self._engine.forward(_batch_of(batch))
+            drawn = self._engine.decode(batch_of(batch, before), [Ask(s.sampler, s.num_ahead) for s in batch])
         except PolymuxError as error:  # weights that did not arrive; nothing else fails a whole batch on purpose
             self._turns.end()
+            self.settle()
             for sequence in batch:
-                self._fail(sequence, error)
+                if not self._has_ended(sequence):
+                    self._fail(sequence, error)
             return
-        tokens = sample_each(logits, [s.sampler for s in batch])
+        self._flight = Flight.of(turn.model, batch, drawn, started_s, self._engine)
+        if before is not None:
+            self._land(before)
+        if not self._engine.device.is_async:
+            self.settle()
+
+    def _land(self, flight: Flight) -> None:
+        """Each sequence of the step gets its token; those that have ended meanwhile give their blocks back."""
+        ended = [s for s in flight.batch if self._has_ended(s)]
+        for sequence in flight.batch:
+            sequence.num_ahead -= 1
+        try:
+            tokens = flight.drawn.tokens()
+        finally:
+            for sequence in ended:
+                if not sequence.num_ahead:
+                    self._give_back(sequence)
         now_s = self._engine.clock()
-        self._meter.decoded(turn.model, len(batch), sum(s.num_cached for s in batch), now_s - started_s - self._engine.stalled_s)
-        for sequence, token in zip(batch, tokens, strict=True):
+        seconds = now_s - max(flight.started_s, self._landed_s) - flight.stalled_s
+        self._landed_s = now_s
+        self._meter.decoded(flight.model, len(flight.batch), flight.kv_tokens, seconds, is_typical=flight.is_typical)
+        for sequence, token in zip(flight.batch, tokens, strict=True):
+            if self._has_ended(sequence):
+                continue
             if isinstance(token, PolymuxError):
                 self._fail(sequence, token)
                 continue
@@ -237,14 +279,20 @@ class DecodeRole:
         self._drop(sequence, error.message)
 
     def _drop(self, sequence: Sequence, reason: str) -> None:
-        """The one release path: whatever ended it, its blocks go back, or into quarantine while a transfer may still write."""
+        """The one release path: whatever ended it, its blocks go back, or into quarantine while a transfer or a step may still write."""
         del self._sequences[sequence.command.sequence_id]
         if sequence.phase is Phase.PREFILLING:
             self._grants.cancel(sequence, reason)
             sequence.block_ids = []
-        else:
-            self._keep_prefix(sequence)
-            self._swaps.release(sequence)
+        elif not sequence.num_ahead:
+            self._give_back(sequence)
+
+    def _has_ended(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.command.sequence_id) is not sequence
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._keep_prefix(sequence)
+        self._swaps.release(sequence)
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """Its full blocks stay for prompts that begin alike, once nobody holds them; they are computed or verified."""
@@ -258,8 +306,21 @@ class DecodeRole:
         for sequence in [s for s in self._sequences.values() if s.deadline_s <= now_s]:
             self._fail(sequence, DeadlineExceeded(f"sequence {sequence.command.sequence_id} was not finished before its deadline"))
 
+    def _abandon(self) -> None:
+        """Forget the step under way: its tokens are nobody's."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        with suppress(RuntimeError):  # of a device that no longer answers: nothing of it is used again
+            self._engine.device.mark().wait()
+        for sequence in flight.batch:
+            sequence.num_ahead = 0
+            if self._has_ended(sequence):
+                self._give_back(sequence)
+
     def fail_all(self, error: PolymuxError) -> None:
         """End everything with one error: the worker cannot go on with what it has."""
+        self._abandon()
         for sequence in list(self._sequences.values()):
             self._fail(sequence, error)
         self._kept.drop_all()
@@ -288,11 +349,3 @@ class DecodeRole:
             )
             for model, sequences in sorted(by_model.items())
         )
-
-
-def _batch_of(sequences: list[Sequence]) -> ForwardBatch:
-    """The step in which each feeds its last token."""
-    slices = tuple(
-        SequenceSlice(start=row, num_tokens=1, context_len=s.num_cached, block_ids=s.block_ids) for row, s in enumerate(sequences)
-    )
-    return ForwardBatch(token_ids=torch.tensor([s.last_token_id for s in sequences]), slices=slices, logits_rows=None)

@@ -7,9 +7,10 @@ always empty, since everything is done when the call returns; what orders work c
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polymux.actors.copier import copy_blocks
@@ -28,6 +29,13 @@ class Mark(Protocol):
 
     def wait(self) -> None:
         """Return once everything before it is done."""
+
+
+class Download(Protocol):
+    """Values on their way to the host."""
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Them, on the CPU."""
 
 
 class Device(Protocol):
@@ -63,6 +71,12 @@ class Device(Protocol):
     ) -> Generator[None, None, None]:
         """As `copier.copy_blocks`, after all that is in the queue at this call. Iterated by any one thread; all is copied at its end."""
 
+    def upload(self, values: NDArray[Any]) -> Tensor:
+        """Values for what is handed over from now on, of which the host keeps no view. Nothing is waited for."""
+
+    def download(self, *values: Tensor) -> Download:
+        """Values as they are at this point of the queue. Nothing is waited for yet."""
+
     def mark(self) -> Mark:
         """The end of the queue as it is now."""
 
@@ -73,6 +87,14 @@ class Device(Protocol):
 class _Done:
     def wait(self) -> None:
         return
+
+
+class _Here:
+    def __init__(self, values: tuple[Tensor, ...]) -> None:
+        self._values = values
+
+    def wait(self) -> tuple[Tensor, ...]:
+        return self._values
 
 
 class CpuDevice:
@@ -108,6 +130,12 @@ class CpuDevice:
         self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]
     ) -> Generator[None, None, None]:
         return copy_blocks(source, source_ids, target, target_ids)
+
+    def upload(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values)
+
+    def download(self, *values: Tensor) -> Download:
+        return _Here(values)
 
     def mark(self) -> Mark:
         return _Done()

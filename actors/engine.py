@@ -16,11 +16,13 @@ from torch import Tensor
 
 from polymux.actors.arena import Arena
 from polymux.actors.device import DEVICES, CpuDevice, Device
+from polymux.actors.drawn import Ask, Drawn, Known, draw_later
 from polymux.actors.kv_blocks import BlockManager, BlockPool, kv_view
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.parallel.weights import RankDevice, RankLoader
 from polymux.actors.prefix_cache import PrefixCache
+from polymux.actors.sampler import sample_each
 from polymux.actors.weights.load import ImageSource
 from polymux.actors.weights.loader import Loader
 from polymux.actors.weights.residency import Residency, Switch
@@ -100,6 +102,7 @@ class Engine:
         )
         self._bound: dict[ModelName, BoundModel] = {}
         self.stalled_s = 0.0  # of the last forward pass: waiting for weights under way
+        self.is_streaming = False  # the last forward pass waits for them on the device: its time is not its own
 
     def add_model(self, spec: ModelSpec) -> None:
         """Make a model known. Raises ConfigError when it could never run in this arena."""
@@ -152,6 +155,7 @@ class Engine:
             raise PolymuxError("no model is active: the last switch failed")
         model = self._bind(active)
         before_layer = None if self.residency.residents[active].load is None else self._await_layer
+        self.is_streaming = self.device.is_async and before_layer is not None
         if self._ranks is None:
             return model.forward(batch, on_layer, before_layer)
         return self._ranks.step(active, batch, lambda: model.forward(batch, on_layer, before_layer))
@@ -170,6 +174,20 @@ class Engine:
             for source, target in zip(source_ids, target_ids, strict=True):
                 if source != target:
                     kv[target, layers.start : layers.stop] = kv[source, layers.start : layers.stop]
+
+    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], on_layer: Callable[[int], None] | None = None) -> Drawn:
+        """Step the active model, and draw a token for each row of its logits. Raises as `forward`.
+
+        Where the device is asynchronous nothing was waited for but weights: the next step may take these tokens before they are read.
+        """
+        logits = self.forward(batch, on_layer)
+        return self.draw(logits, asks)
+
+    def draw(self, logits: Tensor, asks: Sequence[Ask]) -> Drawn:
+        """A token for each row of logits [R, V] fp32."""
+        if self.device.is_async and asks:
+            return draw_later(logits, asks, self.device)
+        return Known(sample_each(logits, [ask.state for ask in asks]) if asks else ())
 
     def _await_layer(self, layer: int) -> None:
         self.stalled_s += self.residency.await_layer(layer)

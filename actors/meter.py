@@ -55,9 +55,10 @@ class Meter:
         nbytes = 1 << 30
         return nbytes / self.predict_switch_s(nbytes)
 
-    def prefilled(self, model: ModelName, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
-        """One prefill step over (tokens already cached, tokens computed) of each chunk."""
-        self.learned.prefill[model].observe(prefill_features(chunks), seconds)
+    def prefilled(self, model: ModelName, chunks: Sequence[tuple[int, int]], seconds: float, *, is_typical: bool = True) -> None:
+        """One prefill step over (tokens already cached, tokens computed) of each chunk; `is_typical` as of `decoded`."""
+        if is_typical:
+            self.learned.prefill[model].observe(prefill_features(chunks), seconds)
         num_tokens = sum(tokens for _, tokens in chunks)
         self._add(prompt_tokens=num_tokens, prefill_steps=1, prefill_seconds=seconds)
         now_s = self.timeline.clock()
@@ -67,8 +68,10 @@ class Meter:
         """A prefill of so many tokens, of which some were cached."""
         self._add(prefix_cache_queries=num_tokens, prefix_cache_hits=num_cached)
 
-    def decoded(self, model: ModelName, num_seqs: int, kv_tokens: int, seconds: float) -> None:
-        self.learned.decode[model].observe(decode_features(num_seqs, kv_tokens), seconds)
+    def decoded(self, model: ModelName, num_seqs: int, kv_tokens: int, seconds: float, *, is_typical: bool = True) -> None:
+        """A step that was not typical waited for something else on its device; nothing is learned from its time."""
+        if is_typical:
+            self.learned.decode[model].observe(decode_features(num_seqs, kv_tokens), seconds)
         self._add(generation_tokens=num_seqs, decode_steps=1, decode_seconds=seconds)
         now_s = self.timeline.clock()
         self.timeline.add(SpanKind.DECODE, model, now_s - seconds, now_s, num_seqs=num_seqs, num_tokens=num_seqs)

@@ -41,10 +41,24 @@ class SequenceSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """Tokens that the step before is still choosing."""
+
+    ids: Tensor  # [R] int64 of its rows, on the device
+    rows: tuple[int | None, ...]  # [T]: whose token each row of this step takes; None: the host knows it
+
+    def into(self, token_ids: Tensor) -> Tensor:
+        """The step's tokens: [T] int64 on the CPU, with these in their places."""
+        known = self.ids.tolist()
+        return torch.tensor([token if row is None else known[row] for token, row in zip(token_ids.tolist(), self.rows, strict=True)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    token_ids: Tensor  # [T] int64
+    token_ids: Tensor  # [T] int64, on the CPU; any value where `carried` has a row
     slices: tuple[SequenceSlice, ...]  # in row order, disjoint, covering T
     logits_rows: Tensor | None  # [R] int64 rows whose logits are wanted; None: the last row of every slice
+    carried: Carried | None = None
 
 
 class ModelRunner:
@@ -114,6 +128,8 @@ class BoundModel:
         `before_layer(i)` is called before layer i's weights are read; with num_layers before the last norm's and the head's.
         """
         few_rows, slices = self._few_rows, batch.slices
+        if batch.carried is not None:
+            batch = replace(batch, token_ids=batch.carried.into(batch.token_ids), carried=None)
         with torch.inference_mode():
             if few_rows is not None and 0 < len(slices) <= few_rows.max_rows and all(s.num_tokens == 1 for s in slices):
                 logits = self._skeleton.decode(self._weights, few_rows, batch.token_ids, slices, on_layer, before_layer)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from polymux.actors.drawn import Ask, Token
 from polymux.actors.engine import Engine
 from polymux.actors.kept import KeptSequences
 from polymux.actors.local_orders import LocalOrders, is_local
@@ -18,7 +19,7 @@ from polymux.actors.meter import Meter
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.outbox import Outbox
 from polymux.actors.prefill_job import Job
-from polymux.actors.sampler import SampledToken, SamplerState, sample_each
+from polymux.actors.sampler import SampledToken, SamplerState
 from polymux.actors.turns import switch_left_s
 from polymux.actors.updates import token_update
 from polymux.disagg.prefill import PrefillPolicy, PrefillStep
@@ -273,15 +274,19 @@ class PrefillRole:
                 last_rows.append(len(tokens) - 1)
         batch = ForwardBatch(token_ids=torch.tensor(tokens), slices=tuple(slices), logits_rows=torch.tensor(last_rows, dtype=torch.int64))
         self._engine.prefetch(step.prefetch, wanted=wanted)
-        logits = self._engine.forward(batch, on_layer=lambda layer: self._push(layer, step, jobs))
-        seconds = self._engine.clock() - started_s - self._engine.stalled_s
-        self._meter.prefilled(step.model, [(chunk.start, chunk.num_tokens) for chunk in step.chunks], seconds)
         finished = [job for chunk, job in zip(step.chunks, jobs, strict=True) if chunk.is_last]
+        states = [self._sampler_state(job) for job in finished]
+        drawn = self._engine.decode(batch, [Ask(state) for state in states], on_layer=lambda layer: self._push(layer, step, jobs))
         for chunk, job in zip(step.chunks, jobs, strict=True):
             job.num_done = chunk.start + chunk.num_tokens
             done = job.packed_ids[: job.num_done * TOKEN_BYTES]
             self._engine.prefixes.insert(job.spec, job.command.cache_salt, done, job.block_ids)
-        self._finish(finished, logits)
+        made = drawn.tokens()
+        self._engine.device.mark().wait()
+        seconds = self._engine.clock() - started_s - self._engine.stalled_s
+        chunks = [(chunk.start, chunk.num_tokens) for chunk in step.chunks]
+        self._meter.prefilled(step.model, chunks, seconds, is_typical=not self._engine.is_streaming)
+        self._finish(finished, states, made)
 
     def _push(self, layer: int, step: PrefillStep, jobs: list[Job]) -> None:
         """Offer this layer of the blocks that the chunk filled, and of the one that it leaves partly filled only when it is the last."""
@@ -294,12 +299,11 @@ class PrefillRole:
                     job.pushed_s = self._engine.clock()
                 self._source.push(job.order, layer, layer + 1, job.block_ids[first:end], first)
 
-    def _finish(self, jobs: list[Job], logits: torch.Tensor) -> None:
-        """Sample each job's next token, send it to its client, and commit its transfer."""
+    def _finish(self, jobs: list[Job], states: list[SamplerState], tokens: list[Token]) -> None:
+        """Send each job's next token to its client, and commit its transfer."""
         if not jobs:
             return
-        states = [self._sampler_state(job) for job in jobs]
-        for job, state, token in zip(jobs, states, sample_each(logits, states), strict=True):
+        for job, state, token in zip(jobs, states, tokens, strict=True):
             if isinstance(token, PolymuxError):
                 self._fail(job, token)
                 continue

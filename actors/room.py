@@ -37,9 +37,10 @@ class Room:
         """Those of a model that step now, each with room for its token. Empty when they wait for room that is coming or cannot be had."""
         sequences = list(sequences)
         pool, layout = self._engine.pool(model), self._engine.spec(model).kv
-        running = {s.command.sequence_id: s for s in sequences if s.phase is Phase.RUNNING and s.spec.model == model}
+        running = {s.command.sequence_id: s for s in sequences if s.can_step and s.spec.model == model}
         views = [
-            RunningView(sequence_id=key, order=s.order, context_len=s.num_cached, num_blocks=len(s.block_ids)) for key, s in running.items()
+            RunningView(sequence_id=key, order=s.order, context_len=s.num_launched, num_blocks=len(s.block_ids))
+            for key, s in running.items()
         ]
         max_num_seqs = self._engine.settings.max_num_seqs
         parked = self._parked(sequences, layout)
@@ -52,13 +53,18 @@ class Room:
         self._take(victims, batch.num_new_blocks - ready - pool.num_free, spare_blocks=len(batch.step))
         return self._with_room([running[key] for key in batch.step], pool)
 
+    def is_ample(self, model: ModelName, sequences: Iterable[Sequence]) -> bool:
+        """Whether all that run have a block for their next token, without taking anybody's."""
+        running = (s for s in sequences if s.can_step and s.spec.model == model)
+        return sum(max(s.num_blocks_wanted, 0) for s in running) <= self._engine.pool(model).num_free
+
     def serve_running(self, sequences: Iterable[Sequence]) -> float:
         """Give those that run the block for their next token, oldest first; the place in line of the first one that cannot have it.
 
         Nobody behind it is granted blocks before. And room that was made for one that runs is its own at once, or whoever gave it would
         be first to take it back.
         """
-        for sequence in sorted((s for s in sequences if s.phase is Phase.RUNNING), key=lambda s: s.order):
+        for sequence in sorted((s for s in sequences if s.can_step), key=lambda s: s.order):
             if (wanted := sequence.num_blocks_wanted) > 0:
                 pool = self._engine.pool(sequence.spec.model)
                 if wanted > pool.num_free:

@@ -19,6 +19,9 @@ from polymux.kernels.sample import MIN_TEMPERATURE, Draw, draw, greedy, log_norm
 from polymux.transport.errors import InvalidRequest, NonFiniteLogits
 from polymux.transport.messages import FinishReason, SamplingParams
 
+NOT_FINITE = "the model computed NaN or infinite logits; are its weights whole, and in range of its dtype?"
+NONE_LEFT = "penalties, logit_bias and min_tokens left no token that can be chosen"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
@@ -66,14 +69,32 @@ class SamplerState:
     def is_penalized(self) -> bool:
         return self.params.repetition_penalty != 1 or self.params.frequency_penalty != 0 or self.params.presence_penalty != 0
 
+    def banned_ids(self, num_ahead: int = 0) -> list[int]:
+        """What cannot be chosen yet: nothing may end it. `num_ahead` tokens of it, here and below, are made and not known here."""
+        if self.num_output + num_ahead >= self.params.min_tokens:
+            return []
+        return [token_id for token_id in self._ends if token_id < self.vocab_size]
+
     @property
-    def _is_too_short(self) -> bool:
-        return self.num_output < self.params.min_tokens and bool(self._ends)
+    def biases(self) -> Mapping[int, float]:
+        return self._bias
+
+    @property
+    def counts(self) -> TokenCounts | None:
+        """How often each token came, where it is penalized for it."""
+        return self._counts
+
+    def edits_logits_at(self, num_ahead: int) -> bool:
+        """Whether that token is chosen from other logits than the model's."""
+        return self._counts is not None or bool(self._bias) or bool(self.banned_ids(num_ahead))
 
     @property
     def edits_logits(self) -> bool:
-        """Whether the next token is chosen from other logits than the model's."""
-        return self._counts is not None or bool(self._bias) or self._is_too_short
+        return self.edits_logits_at(0)
+
+    def ends_within(self, num_ahead: int) -> bool:
+        """Whether those tokens end it, whatever they are."""
+        return self.num_output + num_ahead >= self.params.max_tokens
 
     def append(self, token_id: int) -> None:
         """The sequence's next token was chosen, here or on another worker."""
@@ -96,8 +117,8 @@ class SamplerState:
 
     def edit_(self, logits: Tensor) -> None:
         """Apply to this sequence's logits, [V], in place, whatever is neither temperature nor truncation."""
-        if self._is_too_short:
-            logits[[token_id for token_id in self._ends if token_id < self.vocab_size]] = -torch.inf
+        if banned := self.banned_ids():
+            logits[banned] = -torch.inf
         if self._bias:
             logits[list(self._bias)] += torch.tensor(list(self._bias.values()), dtype=logits.dtype, device=logits.device)
         if self._counts is not None:
@@ -111,9 +132,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken]
 
     A row's result is a function of its logits and its state alone, to the bit. Raises NonFiniteLogits, which names the rows.
     """
-    best, maxima = _best(
-        logits, range(len(states)), "the model computed NaN or infinite logits; are its weights whole, and in range of its dtype?"
-    )
+    best, maxima = _best(logits, range(len(states)), NOT_FINITE)
     if all(state.is_greedy and not state.edits_logits and state.params.logprobs is None for state in states):
         return [SampledToken(token_id=token_id) for token_id in best.tolist()]
     plain = {row: state for row, state in enumerate(states) if not state.edits_logits}
@@ -154,7 +173,7 @@ def _choose_edited(logits: Tensor, rows: Sequence[int], states: Sequence[Sampler
     edited = logits[torch.tensor(rows, device=logits.device)]  # a copy
     for row, state in zip(edited, states, strict=True):
         state.edit_(row)
-    best, maxima = _best(edited, rows, "penalties, logit_bias and min_tokens left no token that can be chosen")
+    best, maxima = _best(edited, rows, NONE_LEFT)
     chosen = _choose(edited, best, maxima, dict(enumerate(states)))
     return {rows[place]: token_id for place, token_id in chosen.items()}
 

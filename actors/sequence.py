@@ -48,6 +48,7 @@ class Sequence:
     num_preemptions: int = 0
     prefill: Peer | None = None  # who computes or hands over its KV; None: this worker itself
     handover: SequenceId | None = None  # under which it is kept at `prefill`
+    num_ahead: int = 0  # steps handed to the device whose token is not read yet: each has its slot, and will have its K and V there
     is_kept: bool = True  # every token that was made here was on time
 
     @classmethod
@@ -82,6 +83,19 @@ class Sequence:
         return self.num_tokens - 1
 
     @property
+    def num_launched(self) -> int:
+        """Tokens whose KV is in the blocks once the device has done what it was handed."""
+        return self.num_cached + self.num_ahead
+
+    @property
+    def can_step(self) -> bool:
+        """It runs, and goes on after what was handed to the device, unless a token there ends it."""
+        if self.phase is not Phase.RUNNING:
+            return False
+        is_full = self.num_tokens + self.num_ahead >= self.spec.max_model_len
+        return not self.num_ahead or not (is_full or self.sampler.ends_within(self.num_ahead))
+
+    @property
     def num_tokens_to_come(self) -> int:
         """Tokens whose KV a transfer brings: all, or all but the newest where they are handed over as they are."""
         return self.num_tokens if self.handover is None else self.num_cached
@@ -93,7 +107,7 @@ class Sequence:
     @property
     def num_blocks_wanted(self) -> int:
         """Blocks to add so that the next step's token has its slot."""
-        return self.spec.kv.num_blocks(self.num_tokens) - len(self.block_ids)
+        return self.spec.kv.num_blocks(self.num_launched + 1) - len(self.block_ids)
 
     @property
     def due_s(self) -> float:

@@ -291,7 +291,8 @@ class Worker:
         """One step of the model whose turn it is. A worker that only prefills has no turns: there its prefill policy decides."""
         self._decode.prepare()
         if not self._decode.num_open:
-            return self._prefill.step()
+            has_settled = self._decode.settle()
+            return self._prefill.step() or has_settled
         work = by_model(self._decode.running(), self._prefill.prompts())
         wanted = self._decode.models | self._prefill.models
         while (turn := self._turns.current(work)) is not None:
@@ -301,11 +302,12 @@ class Worker:
             if not work[turn.model].prompts:
                 del work[turn.model]
             self._turns.end()
-        return False
+        return self._decode.settle()
 
     def _step_in(self, turn: Turn, work: Work, wanted: frozenset[ModelName]) -> bool:
         if self._turns.phase(turn.model, work) is Phase.DECODE:
             return self._decode.step(turn, wanted)
+        self._decode.settle()
         step = PrefillStep(model=turn.model, chunks=self._turns.chunks(work), prefetch=turn.prefetch)
         self._prefill.run(step, wanted, on_switch=self._turns.began)
         return True

@@ -11,8 +11,10 @@ computed with once the host has seen its end, but for weights: there the compute
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polymux.actors.copier import MAX_PIECE_BYTES
@@ -48,6 +50,16 @@ class _Mark:
 
     def wait(self) -> None:
         self._event.synchronize()
+
+
+class _Download:
+    def __init__(self, values: tuple[Tensor, ...], event: Event) -> None:
+        self._values = values
+        self._event = event
+
+    def wait(self) -> tuple[Tensor, ...]:
+        self._event.synchronize()
+        return self._values
 
 
 class CudaDevice:
@@ -130,6 +142,16 @@ class CudaDevice:
             part = device[at : at + len(piece)]
             stream.copy(*((piece, part) if is_out else (part, piece)))
             at += len(piece)
+
+    def upload(self, values: NDArray[Any]) -> Tensor:
+        """Through pinned memory that torch keeps until the copy was made."""
+        return self._runtime.pin(torch.from_numpy(values)).to(self.torch_device, non_blocking=True)
+
+    def download(self, *values: Tensor) -> _Download:
+        found = tuple(self._runtime.pinned_like(value) for value in values)
+        for target, value in zip(found, values, strict=True):
+            target.copy_(value, non_blocking=True)
+        return _Download(found, self._runtime.compute.record())
 
     def mark(self) -> _Mark:
         return _Mark(self._runtime.compute.record())

@@ -44,6 +44,12 @@ class Runtime(Protocol):
     def allocate(self, nbytes: int) -> Tensor:
         """One allocation of its own, uint8 [nbytes], given back with its last view."""
 
+    def pin(self, values: Tensor) -> Tensor:
+        """A copy of a host tensor in memory of torch's that the device reads at full speed."""
+
+    def pinned_like(self, values: Tensor) -> Tensor:
+        """Such memory of the shape of a device tensor, not filled."""
+
     def register(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Pin mapped host memory. Raises PolymuxError where that cannot be."""
 
@@ -116,6 +122,12 @@ class TorchRuntime:
 
     def allocate(self, nbytes: int) -> Tensor:
         return torch.as_tensor(_Allocation(self._driver, nbytes), device=self.device)
+
+    def pin(self, values: Tensor) -> Tensor:
+        return values.pin_memory()
+
+    def pinned_like(self, values: Tensor) -> Tensor:
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
 
     def register(self, address: int, nbytes: int, *, read_only: bool) -> None:
         self._driver.register(address, nbytes, read_only=read_only)
