@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from polymux.actors.device import Device, Mark
+from polymux.actors.device import Device, Download, Mark
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.weights.load import Fetch, Load, Target
 from polymux.actors.weights.loader import Loader
@@ -67,6 +69,12 @@ class RankDevice:
         self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]
     ) -> Generator[None, None, None]:
         return self._inner.copy_blocks(source, source_ids, target, target_ids)
+
+    def upload(self, values: NDArray[Any]) -> Tensor:
+        return self._inner.upload(values)
+
+    def download(self, *values: Tensor) -> Download:
+        return self._inner.download(*values)
 
     def mark(self) -> Mark:
         return self._inner.mark()
