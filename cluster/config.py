@@ -17,13 +17,14 @@ import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from polymux.cluster.environment import settings
-from polymux.cluster.quantities import AutoBytes, AutoCount, AutoSize, Bytes, Seconds
+from polymux.cluster.quantities import AutoBytes, AutoCount, AutoNumber, AutoSize, Bytes, Seconds
 from polymux.cluster.validation import Section, validated
 from polymux.disagg.multiplex import TurnPolicy
 from polymux.disagg.prefill import PrefillPolicy, prefill_policy
 from polymux.disagg.slo import CLASSES
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import ConfigError
+from polymux.transport.messages import Role
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,127}$"
@@ -53,8 +54,17 @@ class PoolConfig(Section):
     num_threads: AutoCount = Field(default=None, description="compute threads of one worker; auto divides the host's cores")
     arena_bytes: AutoBytes = Field(default=None, description="memory of one worker, weights and KV, such as 64MiB; auto fits its models")
     num_cpus: float | None = Field(default=None, ge=0, description="CPUs that Ray reserves for one worker; unset takes num_threads")
-    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for one worker")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="what workers compute on; auto: GPUs where there are some")
+    num_gpus: AutoNumber = Field(
+        default=None, description="GPUs that Ray reserves for one worker; auto: one, or a share of one where there are fewer than workers"
+    )
     resources: dict[str, float] = Field(default={}, description="custom Ray resources of one worker")
+
+    @model_validator(mode="after")
+    def _gpus_are_whole_or_shared(self) -> Self:
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError(f"num_gpus={self.num_gpus:g} must be a whole number or a share below 1, which workers of one GPU add up to")
+        return self
 
 
 class PoolsConfig(Section):
@@ -64,6 +74,9 @@ class PoolsConfig(Section):
         default="fixed",
         description="auto: workers change sides with the load, without being drained; shared: all do both, each prompt where it decodes",
     )
+
+    def of(self, role: Role) -> PoolConfig:
+        return self.prefill if role is Role.PREFILL else self.decode
 
 
 class EngineConfig(Section):

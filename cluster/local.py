@@ -6,7 +6,7 @@ For tests, notebooks and debuggers. What is saved is processes, not parts: every
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,11 +14,12 @@ from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import Worker, WorkerSettings
 from polymux.cluster.config import ClusterConfig
-from polymux.cluster.processes import WorkerHandle
+from polymux.cluster.devices import Seat, Seating, Slot, choose, seat, this_host
+from polymux.cluster.processes import WorkerHandle, WorkerPlace
 from polymux.cluster.sizing import store_bytes
 from polymux.cluster.supervisor import Supervisor
 from polymux.transport.errors import WorkerLost
-from polymux.transport.messages import LookBack, ModelSpec, Role, WorkerHello, WorkerReport, WorkerTimeline
+from polymux.transport.messages import LookBack, ModelSpec, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import Epoch, ModelName
 
 T = TypeVar("T")
@@ -85,7 +86,17 @@ class LocalLauncher:
         assert self._store is not None
         self._store.forget(model)
 
-    async def launch(self, role: Role, config: ClusterConfig) -> WorkerHandle:
+    async def seat(self, config: ClusterConfig, places: Sequence[WorkerPlace]) -> Seating:
+        """On the CPU, unless a pool asks for this process's GPU by name, which its workers then share."""
+        hosts = (this_host(),) if "cuda" in (config.pools.prefill.device, config.pools.decode.device) else ()
+        devices = choose(config, hosts)
+        slots = [Slot(host=host, gpus=(0,)) for host in hosts]
+        return Seating(
+            devices=devices,
+            seats={place.worker_id: seat(devices[place.role], slots[0]) if slots else Seat() for place in places},
+        )
+
+    async def launch(self, place: WorkerPlace, config: ClusterConfig) -> WorkerHandle:
         return LocalHandle()
 
     async def store_address(self, handle: WorkerHandle) -> str:

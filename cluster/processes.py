@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig
+from polymux.cluster.devices import Seating
 from polymux.transport.errors import WorkerLost
 from polymux.transport.messages import LookBack, ModelSpec, Role, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import Epoch, ModelName, WorkerId
@@ -35,12 +36,13 @@ class WorkerHandle(Protocol):
 
 
 class Launcher(Protocol):
-    """Makes processes: the weight stores and the workers."""
+    """Makes processes: the weight stores and the workers. `seat` comes first: it says what each worker computes on, and sets that aside."""
 
+    async def seat(self, config: ClusterConfig, places: Sequence[WorkerPlace]) -> Seating: ...
     async def start_stores(self, budget_bytes: int | None, kv_bytes: int | None, layout: str, token: str) -> None: ...
     async def register(self, source: ModelSource) -> ModelSpec: ...
     async def forget(self, model: ModelName) -> None: ...
-    async def launch(self, role: Role, config: ClusterConfig) -> WorkerHandle: ...
+    async def launch(self, place: WorkerPlace, config: ClusterConfig) -> WorkerHandle: ...
     async def store_address(self, handle: WorkerHandle) -> str: ...
     async def stop(self) -> None: ...
 

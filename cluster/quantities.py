@@ -50,4 +50,5 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 AutoBytes = Annotated[Bytes | None, BeforeValidator(_auto)]  # None, written "auto": chosen where it runs
 AutoSize = Annotated[Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] | None, BeforeValidator(_auto)]  # may be 0
+AutoNumber = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_auto)]
 AutoCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -15,13 +15,15 @@ from polymux.actors.remote import ACTOR_THREADS, StoreActor, WorkerActor
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.weights import builder
 from polymux.actors.worker import WorkerSettings
-from polymux.cluster.config import ClusterConfig, ModelConfig
-from polymux.cluster.processes import WorkerHandle
+from polymux.cluster.config import ClusterConfig, ModelConfig, PoolConfig
+from polymux.cluster.devices import Seating
+from polymux.cluster.gangs import ENVIRONMENT, Gangs
+from polymux.cluster.processes import WorkerHandle, WorkerPlace
 from polymux.cluster.sizing import num_threads, store_bytes
 from polymux.cluster.supervisor import Supervisor
 from polymux.transport import bulk_copy
 from polymux.transport.errors import PeerLost, PolymuxError, WorkerLost
-from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release, Role, WorkerHello, WorkerReport, WorkerTimeline
+from polymux.transport.messages import Admit, LookBack, ModelSpec, Placement, Release, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import ClientId, Epoch, ModelName, WorkerId
 
 NAMESPACE = "polymux"
@@ -83,6 +85,7 @@ class RayLauncher:
     """Worker actors where Ray places them, and one weight store on each node that has a worker."""
 
     def __init__(self) -> None:
+        self._gangs = Gangs()
         self._stores: dict[str, Any] = {}  # by node id; each knows every model of `_sources`
         self._lock = asyncio.Lock()  # a store that comes up and a model that is added must not miss each other
         self._sources: dict[ModelName, ModelSource] = {}
@@ -125,20 +128,15 @@ class RayLauncher:
             self._sources.pop(model, None)
             await asyncio.gather(*(call(store.forget.remote(model)) for store in self._stores.values()))
 
-    async def launch(self, role: Role, config: ClusterConfig) -> WorkerHandle:
-        pool = config.pools.prefill if role is Role.PREFILL else config.pools.decode
-        num_workers = config.pools.prefill.workers + config.pools.decode.workers
-        cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        share = CPU_SHARE * cluster.get("CPU", 1.0) / num_workers
+    async def seat(self, config: ClusterConfig, places: Sequence[WorkerPlace]) -> Seating:
+        return await self._gangs.seat(config, places)
+
+    async def launch(self, place: WorkerPlace, config: ClusterConfig) -> WorkerHandle:
+        options = self._gangs.options(place.worker_id) or _cpu_options(config, config.pools.of(place.role))
+        environment = {**bulk_copy.TUNABLES, **ENVIRONMENT}
         actor = (
             ray.remote(WorkerActor)
-            .options(
-                num_cpus=pool.num_cpus if pool.num_cpus is not None else round(min(num_threads(pool, num_workers), share), 3),
-                num_gpus=pool.num_gpus,
-                resources=dict(pool.resources),
-                max_concurrency=ACTOR_THREADS,
-                runtime_env={"env_vars": dict(bulk_copy.TUNABLES)},
-            )
+            .options(max_concurrency=ACTOR_THREADS, runtime_env={"env_vars": environment}, **options)
             .remote(config.log_level)
         )
         await call(actor.node_id.remote())
@@ -154,6 +152,16 @@ class RayLauncher:
         for store in self._stores.values():
             ray.kill(store)
         self._stores.clear()
+        self._gangs.close()
+
+
+def _cpu_options(config: ClusterConfig, pool: PoolConfig) -> dict[str, Any]:
+    """What Ray reserves for a worker without a GPU: as many CPUs as it has threads, if the cluster has so many."""
+    num_workers = config.pools.prefill.workers + config.pools.decode.workers
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    share = CPU_SHARE * cluster.get("CPU", 1.0) / num_workers
+    num_cpus = pool.num_cpus if pool.num_cpus is not None else round(min(num_threads(pool, num_workers), share), 3)
+    return {"num_cpus": num_cpus, "resources": dict(pool.resources)}
 
 
 class ControllerActor:

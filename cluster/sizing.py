@@ -10,6 +10,7 @@ from polymux.actors.arena import default_slab_bytes
 from polymux.actors.engine import EngineSettings
 from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, PoolConfig
+from polymux.cluster.devices import CPU_SEAT, Seat
 from polymux.transport.errors import ConfigError
 from polymux.transport.kv import KVSettings
 from polymux.transport.messages import ModelSpec, Role
@@ -23,12 +24,12 @@ TIER_SHARE = 0.125  # and for swapped KV; neither is taken before it is used
 
 
 def worker_settings(
-    config: ClusterConfig, role: Role, worker_id: WorkerId, store_address: str, specs: Sequence[ModelSpec]
+    config: ClusterConfig, role: Role, worker_id: WorkerId, store_address: str, specs: Sequence[ModelSpec], seat: Seat = CPU_SEAT
 ) -> WorkerSettings:
     """Everything that one worker needs. Raises ConfigError when the models cannot fit the arena that the configuration asks for."""
-    pool = config.pools.prefill if role is Role.PREFILL else config.pools.decode
+    pool = config.pools.of(role)
     num_workers = config.pools.prefill.workers + config.pools.decode.workers
-    arena_bytes = pool.arena_bytes or _auto_arena(config, specs, num_workers)
+    arena_bytes = pool.arena_bytes or seat.arena_bytes or _auto_arena(config, specs, num_workers)
     slab_bytes = config.engine.slab_bytes or _auto_slab(arena_bytes, specs)
     reserve = int(arena_bytes * (1 - config.engine.kv_fraction))
     largest = max(specs, key=lambda s: s.weight_bytes, default=None)

@@ -15,6 +15,7 @@ from typing import Any
 from polymux.actors.weight_store import ModelSource
 from polymux.cluster.config import ClusterConfig, ModelConfig
 from polymux.cluster.controller import Controller
+from polymux.cluster.devices import Seating, weight_layout
 from polymux.cluster.processes import RESTART_WINDOW_S, Launcher, WorkerHandle, WorkerPlace, first, within
 from polymux.cluster.sizing import worker_settings
 from polymux.cluster.timelines import gather
@@ -46,6 +47,7 @@ class Supervisor:
             for number in range(pool.workers)
         ]
         self._handles: set[WorkerHandle] = set()  # every process that was launched and not stopped, whether it serves or not
+        self._seating = Seating(devices={}, seats={})  # until `seat` has said
         self._specs: dict[ModelName, ModelSpec] = {}
         self._adding = asyncio.Lock()
         self._serving_since_s = 0.0
@@ -78,9 +80,10 @@ class Supervisor:
         return self._ending is not None
 
     async def _bring_up(self) -> None:
-        await self._launcher.start_stores(
-            self.config.store.budget_bytes, self.config.store.kv_bytes, self.config.engine.weight_layout, self.config.security.cluster_token
-        )
+        self._seating = await self._launcher.seat(self.config, self._places)
+        log.info("devices.chosen %s", self._seating.describe())
+        layout, store = weight_layout(self.config, self._seating.devices), self.config.store
+        await self._launcher.start_stores(store.budget_bytes, store.kv_bytes, layout, self.config.security.cluster_token)
         async with asyncio.TaskGroup() as group:
             launches = [group.create_task(self._launch(place)) for place in self._places]
             for model in self.config.models:
@@ -112,7 +115,7 @@ class Supervisor:
             self.stopped.set()
 
     async def _launch(self, place: WorkerPlace) -> WorkerHandle:
-        launch = self._launcher.launch(place.role, self.config)
+        launch = self._launcher.launch(place, self.config)
         handle: WorkerHandle = await within(launch, BOOT_S, f"the launch of worker {place.worker_id}")
         self._handles.add(handle)
         return handle
@@ -129,7 +132,8 @@ class Supervisor:
         """Give a worker its settings, its models and its epoch. From its last line on it is polled, and told of new models."""
         name = f"worker {place.worker_id}"
         store_address = await within(self._launcher.store_address(handle), STORE_S, f"the weight store of {name}")
-        settings = worker_settings(self.config, place.role, place.worker_id, store_address, tuple(self._specs.values()))
+        seat = self._seating.seats[place.worker_id]
+        settings = worker_settings(self.config, place.role, place.worker_id, store_address, tuple(self._specs.values()), seat)
         hello = await within(handle.start(settings), CALL_S, f"the start of {name}")
         known: set[ModelSpec] = set()
         await self._teach(handle, known)

@@ -10,7 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "transport", "disagg", "actors", "cluster", "deploy")
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
-RAY_FILES = ("actors/remote.py", "cluster/remote.py", "cluster/bootstrap.py", "deploy/app.py", "deploy/cli.py", "deploy/cli_serve.py")
+RAY_FILES = (
+    "actors/remote.py",
+    "cluster/remote.py",
+    "cluster/bootstrap.py",
+    "cluster/gangs.py",
+    "deploy/app.py",
+    "deploy/cli.py",
+    "deploy/cli_serve.py",
+)
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,10 +14,11 @@ from polymux.actors.weight_store import ModelSource
 from polymux.actors.worker import WorkerSettings
 from polymux.cluster import supervisor as supervisor_module
 from polymux.cluster.config import ClusterConfig, LivenessConfig, ModelConfig, PoolConfig, PoolsConfig
-from polymux.cluster.processes import MAX_RESTARTS, WorkerHandle
+from polymux.cluster.devices import Seat, Seating, choose
+from polymux.cluster.processes import MAX_RESTARTS, WorkerHandle, WorkerPlace
 from polymux.cluster.supervisor import Supervisor
 from polymux.transport.errors import CheckpointError, ConfigError, PolymuxError, WorkerLost
-from polymux.transport.messages import LookBack, ModelSpec, Role, Span, SpanKind, WorkerHello, WorkerReport, WorkerTimeline
+from polymux.transport.messages import LookBack, ModelSpec, Span, SpanKind, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import MIB, Epoch, ModelName, WorkerId
 
 SPECS = {described.model: described for described in (spec("a", 4 * MIB), spec("b", 2 * MIB))}
@@ -127,7 +128,11 @@ class FakeLauncher:
     async def forget(self, model: ModelName) -> None:
         self.registered.discard(model)
 
-    async def launch(self, role: Role, config: ClusterConfig) -> WorkerHandle:
+    async def seat(self, config: ClusterConfig, places: Sequence[WorkerPlace]) -> Seating:
+        await self._pass("seat")
+        return Seating(devices=choose(config, ()), seats={place.worker_id: Seat() for place in places})
+
+    async def launch(self, place: WorkerPlace, config: ClusterConfig) -> WorkerHandle:
         await self._pass("launch")
         self.launched.append(FakeWorker(self.hook, self.gates))
         return self.launched[-1]

@@ -1,0 +1,162 @@
+"""What the workers of each pool compute on, from the configuration and from what the hosts have; and why, in words for log and doctor.
+
+`gangs.py` finds out what there is and reserves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from polymux.cluster import gpu_topology
+from polymux.cluster.config import ClusterConfig, PoolConfig
+from polymux.cluster.gpu_topology import HostGpus
+from polymux.disagg.placement import MAX_SHARING, Link, gpu_share
+from polymux.transport.errors import ConfigError
+from polymux.transport.messages import Role
+from polymux.transport.units import GIB, WorkerId
+
+Device = Literal["cpu", "cuda"]
+GPU_SHARE = 0.92  # of a GPU's memory, for the workers on it: their arenas and what they take beside them
+GPU_OVERHEAD_BYTES = 3 * GIB // 2  # of one worker beside its arena: context, compiled kernels, activations, graphs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuHost:
+    """One host that has GPUs, as Ray and the driver tell it."""
+
+    node_id: str
+    num_gpus: int  # that the scheduler counts, which may be fewer than the driver lists, or none of them
+    num_cpus: float = 1.0
+    gpus: HostGpus = field(default_factory=lambda: HostGpus(gpus=(), links=()))
+    why_unusable: str = ""  # for a worker with device cuda; empty: it is usable
+    room: str = ""  # hosts of one room are joined by something as fast as inside them (label ray.io/gpu-domain)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolDevice:
+    """What each worker of a pool gets."""
+
+    device: Device = "cpu"
+    num_gpus: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """GPUs that one worker was given."""
+
+    host: GpuHost
+    gpus: tuple[int, ...]  # by index in their host; none where even Ray cannot say
+
+    def link(self, other: Slot) -> Link:
+        """The slowest between any two of them."""
+        if self.host.node_id != other.host.node_id:
+            return Link.NVLINK if self.host.room and self.host.room == other.host.room else Link.NETWORK
+        return min((self.host.gpus.link(i, j) for i in self.gpus for j in other.gpus), default=Link.SYSTEM)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """What one worker computes on."""
+
+    device: Device = "cpu"
+    arena_bytes: int | None = None  # that its share of a GPU leaves; None: to be chosen by the host's memory
+    slot: Slot | None = None  # None: no GPU was reserved
+
+
+CPU_SEAT = Seat()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seating:
+    """What every worker computes on, and why."""
+
+    devices: Mapping[Role, PoolDevice]
+    seats: Mapping[WorkerId, Seat]
+
+    def link(self, one: WorkerId, other: WorkerId) -> Link | None:
+        """What joins two workers' GPUs; None where one of them has none."""
+        slots = [seat.slot for worker_id in (one, other) if (seat := self.seats.get(worker_id)) is not None]
+        return slots[0].link(slots[1]) if len(slots) == 2 and slots[0] and slots[1] else None
+
+    def describe(self) -> str:
+        return "; ".join(describe(role, one) for role, one in self.devices.items())
+
+
+def choose(config: ClusterConfig, hosts: Sequence[GpuHost]) -> dict[Role, PoolDevice]:
+    """Device and GPUs a worker for both pools. Raises ConfigError for a pool that asks for what is not there."""
+    pools = {Role.PREFILL: config.pools.prefill, Role.DECODE: config.pools.decode}
+    usable = [host for host in hosts if not host.why_unusable]
+    devices = {role: _device(role, pool, hosts, usable) for role, pool in pools.items()}
+    given = sum(pool.workers * pool.num_gpus for pool in pools.values() if pool.num_gpus)
+    open_roles = [role for role, (device, _) in devices.items() if device == "cuda" and pools[role].num_gpus is None]
+    num_left = int(sum(host.num_gpus for host in usable) - given)
+    share = gpu_share(sum(pools[role].workers for role in open_roles), num_left)
+    if open_roles and share is None:
+        num_workers = sum(pool.workers for pool in pools.values())
+        raise ConfigError(
+            f"pools.*.workers={num_workers} in all would share {num_left} GPUs, and at most {MAX_SHARING} can share one; lower it, or set "
+            "pools.*.device=cpu for some"
+        )
+    found = {}
+    for role, (device, why) in devices.items():
+        num_gpus = (share or 0.0) if role in open_roles else (pools[role].num_gpus or 0.0)
+        found[role] = PoolDevice(device=device, num_gpus=num_gpus, why=why)
+    return found
+
+
+def _device(role: Role, pool: PoolConfig, hosts: Sequence[GpuHost], usable: Sequence[GpuHost]) -> tuple[Device, str]:
+    num_gpus = sum(host.num_gpus for host in usable)
+    reasons = "; ".join(sorted({host.why_unusable for host in hosts if host.why_unusable})) or "no host has one that Ray knows"
+    if pool.device == "cpu":
+        return "cpu", f"pools.{role}.device=cpu"
+    if pool.num_gpus == 0:
+        if pool.device == "cuda":
+            raise ConfigError(f"pools.{role} has device=cuda and num_gpus=0; leave num_gpus at auto")
+        return "cpu", f"pools.{role}.num_gpus=0"
+    if num_gpus:
+        return "cuda", f"{num_gpus} usable GPU{'s' if num_gpus > 1 else ''}"
+    if pool.device == "cuda":
+        raise ConfigError(f"pools.{role}.device=cuda, and there is no usable GPU: {reasons}; set it to auto or cpu, or repair that")
+    return "cpu", f"no usable GPU: {reasons}"
+
+
+def seat(pool: PoolDevice, slot: Slot) -> Seat:
+    """The seat of a worker that was given these GPUs."""
+    return Seat(device=pool.device, slot=slot, arena_bytes=_arena_bytes(pool.num_gpus, slot) if pool.device == "cuda" else None)
+
+
+def _arena_bytes(num_gpus: float, slot: Slot) -> int | None:
+    """What a worker's share of its first GPU leaves for an arena. None where the driver does not say how large it is."""
+    sizes = [slot.host.gpus.gpus[i].memory_bytes for i in slot.gpus[:1] if i < len(slot.host.gpus.gpus)]
+    if not sizes:
+        return None
+    share = int(min(num_gpus, 1.0) * GPU_SHARE * sizes[0]) - GPU_OVERHEAD_BYTES
+    if share <= 0:
+        raise ConfigError(f"{num_gpus:g} of a GPU with {sizes[0]} bytes leaves no room for an arena; let fewer workers share it")
+    return share
+
+
+def this_host() -> GpuHost:
+    """The one GPU that this process computes on."""
+    gpus, _ = gpu_topology.read()
+    return GpuHost(node_id="here", num_gpus=1, gpus=gpus, why_unusable=gpu_topology.why_unusable())
+
+
+def weight_layout(config: ClusterConfig, devices: Mapping[Role, PoolDevice]) -> str:
+    """How the stores lay weights out: plain for GPUs, and `auto`, which packs them for a CPU, where no worker has one."""
+    is_packed = config.engine.weight_layout == "onednn"
+    on_gpu = [role for role, one in devices.items() if one.device == "cuda"]
+    if is_packed and on_gpu:
+        raise ConfigError(f"engine.weight_layout=onednn is for CPUs, and pools.{on_gpu[0]} computes on GPUs; set it to auto")
+    return "plain" if on_gpu else config.engine.weight_layout
+
+
+def describe(role: Role, one: PoolDevice) -> str:
+    """For people: "cuda, half a GPU each"."""
+    if one.device == "cpu":
+        return f"{role} on cpu ({one.why})"
+    share = f"1/{round(1 / one.num_gpus)} GPU" if one.num_gpus < 1 else f"{one.num_gpus:g} GPU{'s' if one.num_gpus > 1 else ''}"
+    return f"{role} on cuda, {share} a worker ({one.why})"

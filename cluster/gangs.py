@@ -1,0 +1,174 @@
+"""Where Ray puts the workers that have GPUs: gangs as placement groups, and roles dealt once it is known which GPUs they got.
+
+Ray packs a gang into one host, or into hosts of one `ray.io/gpu-domain` label, and knows nothing of links inside a host. So what each
+bundle of a group holds is asked first, by a task inside it, and then the workers are given their bundles: whoever hands over KV
+sits next to whoever takes it. A worker that is started again has the same bundle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from polymux.cluster import gpu_topology
+from polymux.cluster.config import ClusterConfig, PoolConfig
+from polymux.cluster.devices import GpuHost, PoolDevice, Seat, Seating, Slot, choose, seat
+from polymux.cluster.gpu_topology import HostGpus
+from polymux.cluster.processes import WorkerPlace
+from polymux.disagg.placement import Gang, Room, deal, gangs, near_order
+from polymux.transport.errors import ConfigError
+from polymux.transport.messages import Role
+from polymux.transport.units import WorkerId
+
+DOMAIN_LABEL = "ray.io/gpu-domain"  # set by whoever starts the nodes: ray start --labels
+LOOK_S = 60.0  # for a host to say what GPUs it has
+RESERVE_S = 30.0  # for Ray to find room for a gang
+CPU_SHARE = 0.8  # of a host's CPUs, for the workers on it
+ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # so that an index means the same GPU to Ray, NVML and CUDA
+
+
+class Gangs:
+    """The placement groups of one cluster."""
+
+    def __init__(self) -> None:
+        self._groups: list[PlacementGroup] = []
+        self._options: dict[WorkerId, dict[str, Any]] = {}
+
+    def options(self, worker_id: WorkerId) -> dict[str, Any] | None:
+        """With which a worker's actor takes all that was set aside for it; None for one without a GPU."""
+        return self._options.get(worker_id)
+
+    async def seat(self, config: ClusterConfig, places: Sequence[WorkerPlace]) -> Seating:
+        """Choose devices, and reserve GPUs for the workers that have some. Raises ConfigError where there are too few."""
+        hosts = await _hosts()
+        devices = choose(config, hosts)
+        seats = {place.worker_id: Seat() for place in places}
+        waiting = {role: [place for place in places if place.role is role and devices[role].num_gpus > 0] for role in Role}
+        roles = deal(len(waiting[Role.PREFILL]), len(waiting[Role.DECODE]))
+        if roles:
+            seats |= await self._reserve(config, devices, hosts, [waiting[role].pop(0) for role in roles])
+        return Seating(devices=devices, seats=seats)
+
+    async def _reserve(
+        self, config: ClusterConfig, devices: Mapping[Role, PoolDevice], hosts: Sequence[GpuHost], line: Sequence[WorkerPlace]
+    ) -> dict[WorkerId, Seat]:
+        demands = [devices[place.role].num_gpus for place in line]
+        found = gangs(demands, _rooms(hosts))
+        if found is None:
+            raise ConfigError(
+                f"the pools ask for {sum(demands):g} GPUs ({', '.join(f'{n:g}' for n in demands)}), and the hosts have "
+                f"{', '.join(str(host.num_gpus) for host in hosts) or 'none'}; lower pools.*.workers or pools.*.num_gpus"
+            )
+        seats: dict[WorkerId, Seat] = {}
+        for gang in found:
+            members = [line[i] for i in gang.members]
+            bundles = [_bundle(devices[place.role], config.pools.of(place.role), hosts, len(line)) for place in members]
+            group = await self._group(gang, bundles)
+            slots = await asyncio.gather(*(_slot(_options(group, i, bundle), hosts) for i, bundle in enumerate(bundles)))
+            for place, i in _dealt(members, bundles, slots):
+                self._options[place.worker_id] = _options(group, i, bundles[i])
+                seats[place.worker_id] = seat(devices[place.role], slots[i])
+        return seats
+
+    async def _group(self, gang: Gang, bundles: list[dict[str, float]]) -> PlacementGroup:
+        """The gang's placement group, once its resources are set aside."""
+        how: dict[str, Any] = {"strategy": "STRICT_PACK"} if gang.fits_one_host else {"topology_strategy": {DOMAIN_LABEL: "STRICT_PACK"}}
+        group: PlacementGroup = placement_group(bundles, **how)
+        self._groups.append(group)
+        if not await asyncio.to_thread(group.wait, RESERVE_S):
+            where = "one host" if gang.fits_one_host else f"one {DOMAIN_LABEL}"
+            raise ConfigError(
+                f"Ray did not find {sum(bundle['GPU'] for bundle in bundles):g} free GPUs in {where} within {RESERVE_S:.0f} s (bundles "
+                f"{bundles}); others may hold them: see `ray status`, or lower pools.*.workers"
+            )
+        return group
+
+    def close(self) -> None:
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups.clear()
+        self._options.clear()
+
+
+def _rooms(hosts: Sequence[GpuHost]) -> list[Room]:
+    """Hosts of one domain label are a room, any other host is one of its own."""
+    rooms: dict[str, list[int]] = {}
+    for host in hosts:
+        rooms.setdefault(host.room or host.node_id, []).append(host.num_gpus)
+    return [Room(name=name, gpus=tuple(counts)) for name, counts in rooms.items()]
+
+
+def _bundle(device: PoolDevice, pool: PoolConfig, hosts: Sequence[GpuHost], num_workers: int) -> dict[str, float]:
+    """What Ray sets aside for one worker. Its CPUs are those that its host could give each worker, and one at most, if nobody says."""
+    share = min(1.0, CPU_SHARE * min(host.num_cpus for host in hosts) / num_workers)
+    num_cpus = pool.num_cpus if pool.num_cpus is not None else round(share, 3)
+    return {"GPU": device.num_gpus, **({"CPU": num_cpus} if num_cpus else {}), **pool.resources}
+
+
+def _dealt(members: Sequence[WorkerPlace], bundles: Sequence[Mapping[str, float]], slots: Sequence[Slot]) -> list[tuple[WorkerPlace, int]]:
+    """Each worker with its bundle: roles dealt along the line of near GPUs, where these bundles are all alike."""
+    if any(bundle != bundles[0] for bundle in bundles):
+        return [(place, i) for i, place in enumerate(members)]
+    waiting = {role: [place for place in members if place.role is role] for role in Role}
+    line = near_order(len(slots), lambda i, j: slots[i].link(slots[j]))
+    return [(waiting[role].pop(0), i) for role, i in zip(deal(*map(len, waiting.values())), line, strict=True)]
+
+
+def _options(group: PlacementGroup, index: int, bundle: Mapping[str, float]) -> dict[str, Any]:
+    """Of an actor or a task that is to have a whole bundle."""
+    custom = {name: count for name, count in bundle.items() if name not in ("CPU", "GPU")}
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    return {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle["GPU"], "resources": custom, "scheduling_strategy": strategy}
+
+
+# -- what there is ------------------------------------------------------------------------------------------------------------------
+
+
+async def _hosts() -> list[GpuHost]:
+    """Every live host on which Ray counts a GPU, with what its driver says of them."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node for node in nodes if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    return list(await asyncio.gather(*(_host(node) for node in nodes)))
+
+
+async def _host(node: Mapping[str, Any]) -> GpuHost:
+    """One that does not answer in time is not usable, and is said to be so."""
+    on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    try:
+        async with asyncio.timeout(LOOK_S):
+            gpus, why = await ray.remote(num_cpus=0)(_look).options(scheduling_strategy=on_node).remote()
+    except (TimeoutError, RayError) as error:
+        gpus, why = HostGpus(gpus=(), links=()), f"{node['NodeManagerHostname']} did not say what it has: {error or 'no answer'}"
+    return GpuHost(
+        node_id=node["NodeID"],
+        num_gpus=int(node["Resources"]["GPU"]),
+        num_cpus=node["Resources"].get("CPU", 1.0),
+        gpus=gpus,
+        why_unusable=why,
+        room=node.get("Labels", {}).get(DOMAIN_LABEL, ""),
+    )
+
+
+def _look() -> tuple[HostGpus, str]:
+    """Runs on a host: its GPUs, and why no worker there could use them."""
+    gpus, _ = gpu_topology.read()
+    return gpus, gpu_topology.why_unusable()
+
+
+async def _slot(options: Mapping[str, Any], hosts: Sequence[GpuHost]) -> Slot:
+    """What a bundle holds, asked from within."""
+    async with asyncio.timeout(LOOK_S):
+        node_id, gpu_ids = await ray.remote(_where).options(**options).remote()
+    host = next(host for host in hosts if host.node_id == node_id)
+    return Slot(host=host, gpus=tuple(index for gpu_id in gpu_ids if (index := host.gpus.index(gpu_id)) is not None))
+
+
+def _where() -> tuple[str, list[str]]:
+    """Runs in a bundle: its node, and its GPUs as Ray names them."""
+    return str(ray.get_runtime_context().get_node_id()), [str(one) for one in ray.get_gpu_ids()]
