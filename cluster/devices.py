@@ -89,7 +89,7 @@ def choose(config: ClusterConfig, hosts: Sequence[GpuHost]) -> dict[Role, PoolDe
     """Device and GPUs a worker for both pools. Raises ConfigError for a pool that asks for what is not there."""
     pools = {Role.PREFILL: config.pools.prefill, Role.DECODE: config.pools.decode}
     usable = [host for host in hosts if not host.why_unusable]
-    devices = {role: _device(role, pool, hosts, usable) for role, pool in pools.items()}
+    devices = _together({role: _device(role, pool, hosts, usable) for role, pool in pools.items()}, pools)
     given = sum(pool.workers * pool.num_gpus for pool in pools.values() if pool.num_gpus)
     open_roles = [role for role, (device, _) in devices.items() if device == "cuda" and pools[role].num_gpus is None]
     num_left = int(sum(host.num_gpus for host in usable) - given)
@@ -105,6 +105,19 @@ def choose(config: ClusterConfig, hosts: Sequence[GpuHost]) -> dict[Role, PoolDe
         num_gpus = (share or 0.0) if role in open_roles else (pools[role].num_gpus or 0.0)
         found[role] = PoolDevice(device=device, num_gpus=num_gpus, why=why)
     return found
+
+
+def _together(devices: dict[Role, tuple[Device, str]], pools: Mapping[Role, PoolConfig]) -> dict[Role, tuple[Device, str]]:
+    """The same for both pools: nothing moves KV between a GPU and another worker's host memory."""
+    if len({device for device, _ in devices.values()}) == 1:
+        return devices
+    on_gpu, on_cpu = sorted(devices, key=lambda role: devices[role][0], reverse=True)
+    if pools[on_gpu].device == "cuda":
+        raise ConfigError(
+            f"pools.{on_gpu} computes on GPUs and pools.{on_cpu} on CPUs ({devices[on_cpu][1]}), and KV does not move between them; set "
+            "pools.*.device to cuda for both, or to cpu"
+        )
+    return {role: ("cpu", why if role is on_cpu else f"the {on_cpu} pool is: {devices[on_cpu][1]}") for role, (_, why) in devices.items()}
 
 
 def _device(role: Role, pool: PoolConfig, hosts: Sequence[GpuHost], usable: Sequence[GpuHost]) -> tuple[Device, str]:

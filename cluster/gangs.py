@@ -16,10 +16,10 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from polymux.cluster import gpu_topology
 from polymux.cluster.config import ClusterConfig, PoolConfig
 from polymux.cluster.devices import GpuHost, PoolDevice, Seat, Seating, Slot, choose, seat
 from polymux.cluster.gpu_topology import HostGpus
+from polymux.cluster.probes import look, where
 from polymux.cluster.processes import WorkerPlace
 from polymux.disagg.placement import Gang, Room, deal, gangs, near_order
 from polymux.transport.errors import ConfigError
@@ -27,7 +27,7 @@ from polymux.transport.messages import Role
 from polymux.transport.units import WorkerId
 
 DOMAIN_LABEL = "ray.io/gpu-domain"  # set by whoever starts the nodes: ray start --labels
-LOOK_S = 60.0  # for a host to say what GPUs it has
+LOOK_S = 120.0  # for a host to say what GPUs it has
 RESERVE_S = 30.0  # for Ray to find room for a gang
 CPU_SHARE = 0.8  # of a host's CPUs, for the workers on it
 ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # so that an index means the same GPU to Ray, NVML and CUDA
@@ -142,7 +142,7 @@ async def _host(node: Mapping[str, Any]) -> GpuHost:
     on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     try:
         async with asyncio.timeout(LOOK_S):
-            gpus, why = await ray.remote(num_cpus=0)(_look).options(scheduling_strategy=on_node).remote()
+            gpus, why = await ray.remote(num_cpus=0)(look).options(scheduling_strategy=on_node).remote()
     except (TimeoutError, RayError) as error:
         gpus, why = HostGpus(gpus=(), links=()), f"{node['NodeManagerHostname']} did not say what it has: {error or 'no answer'}"
     return GpuHost(
@@ -155,20 +155,9 @@ async def _host(node: Mapping[str, Any]) -> GpuHost:
     )
 
 
-def _look() -> tuple[HostGpus, str]:
-    """Runs on a host: its GPUs, and why no worker there could use them."""
-    gpus, _ = gpu_topology.read()
-    return gpus, gpu_topology.why_unusable()
-
-
 async def _slot(options: Mapping[str, Any], hosts: Sequence[GpuHost]) -> Slot:
     """What a bundle holds, asked from within."""
     async with asyncio.timeout(LOOK_S):
-        node_id, gpu_ids = await ray.remote(_where).options(**options).remote()
+        node_id, gpu_ids = await ray.remote(where).options(**options).remote()
     host = next(host for host in hosts if host.node_id == node_id)
     return Slot(host=host, gpus=tuple(index for gpu_id in gpu_ids if (index := host.gpus.index(gpu_id)) is not None))
-
-
-def _where() -> tuple[str, list[str]]:
-    """Runs in a bundle: its node, and its GPUs as Ray names them."""
-    return str(ray.get_runtime_context().get_node_id()), [str(one) for one in ray.get_gpu_ids()]

@@ -50,6 +50,7 @@ def worker_settings(
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
             batch_invariant=config.engine.batch_invariant,
             prefix_caching=config.engine.prefix_caching,
+            device=seat.device,
         ),
         token=config.security.cluster_token,
         store_address=store_address,

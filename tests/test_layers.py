@@ -15,6 +15,7 @@ RAY_FILES = (
     "cluster/remote.py",
     "cluster/bootstrap.py",
     "cluster/gangs.py",
+    "cluster/probes.py",
     "deploy/app.py",
     "deploy/cli.py",
     "deploy/cli_serve.py",

@@ -43,12 +43,18 @@ def test_one_gpu_is_shared_and_two_are_not() -> None:
 
 
 def test_what_a_pool_asks_for_it_gets() -> None:
-    chosen = choose(config({"device": "cpu"}, {"num_gpus": 2}), [host(4)])
-    assert (chosen[Role.PREFILL].device, chosen[Role.PREFILL].num_gpus) == ("cpu", 0.0)
-    assert (chosen[Role.DECODE].device, chosen[Role.DECODE].num_gpus) == ("cuda", 2.0)
-    assert choose(config({"num_gpus": 0}), [host(4)])[Role.PREFILL].device == "cpu"
+    chosen = choose(config({"device": "cuda"}, {"num_gpus": 2}), [host(4)])
+    assert {one.device for one in chosen.values()} == {"cuda"}
+    assert (chosen[Role.PREFILL].num_gpus, chosen[Role.DECODE].num_gpus) == (1.0, 2.0)
     left = choose(config({"num_gpus": 1}, {"workers": 2}), [host(2)])
     assert left[Role.DECODE].num_gpus == 0.5
+
+
+def test_both_pools_compute_on_the_same_kind_of_device() -> None:
+    for wish in ({"device": "cpu"}, {"num_gpus": 0}):
+        chosen = choose(config({}, wish), [host(4)])
+        assert {one.device for one in chosen.values()} == {"cpu"}
+        assert "the decode pool is" in chosen[Role.PREFILL].why
 
 
 def test_gpus_that_only_a_scheduler_knows_are_reserved_and_not_computed_on() -> None:
@@ -62,13 +68,14 @@ def test_gpus_that_only_a_scheduler_knows_are_reserved_and_not_computed_on() -> 
         ({"device": "cuda"}, (), "no host has one that Ray knows"),
         ({"device": "cuda"}, (host(1, why_unusable="torch finds none"),), "torch finds none"),
         ({"device": "cuda", "num_gpus": 0}, (host(1),), "num_gpus=0"),
+        ({"device": "cuda"}, (host(1),), "KV does not move between them"),
         ({"workers": 20}, (host(1),), "at most 8 can share one"),
         ({"num_gpus": 1}, (host(1),), "would share 0 GPUs"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_the_reason(wanted: dict[str, Any], hosts: tuple[GpuHost, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        choose(config(wanted), hosts)
+        choose(config(wanted, {"device": "cpu"} if says.startswith("KV") else {}), hosts)
 
 
 def test_a_number_of_gpus_is_whole_or_a_share() -> None:
