@@ -43,6 +43,7 @@ bench: setup  ## every benchmark, results into docs/results/
 	$(BIN)/python bench/stack.py --out docs/results/stack.md
 	$(BIN)/python bench/switch.py --out docs/results/switch.md
 	$(BIN)/python bench/multiplex.py --out docs/results/multiplex.md
+	$(BIN)/python bench/validate.py --out docs/results/validation.md
 
 gpu-check:  ## GPU tests and benchmarks in under 8 minutes, into docs/results/; without a GPU, what is owed. Installs nothing
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py --out docs/results

@@ -279,17 +279,24 @@ class Worker:
 
     def _turn(self) -> bool:
         """Take in what came, and step once. False when there was nothing to step."""
-        for event in self._mailbox.drain():
-            self._guarded(event)
+        self._take_in()
         worked = self._guarded(self._step)
         self._outbox.flush()
         if not worked or self._engine.clock() - self._published_s > PUBLISH_S:
             self._publish()
         return worked is not False
 
+    def _take_in(self) -> bool:
+        events = self._mailbox.drain()
+        for event in events:
+            self._guarded(event)
+        return bool(events)
+
     def _step(self) -> bool:
         """One step of the model whose turn it is. A worker that only prefills has no turns: there its prefill policy decides."""
         self._decode.prepare()
+        if self._take_in():  # its orders to this worker: prompts before the turn is chosen, not a step later
+            self._decode.prepare()
         if not self._decode.num_open:
             has_settled = self._decode.settle()
             return self._prefill.step() or has_settled

@@ -10,7 +10,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,19 @@ KV_FRACTION = 0.3  # of an arena; the rest holds weights
 PREFILL = {"slack": "deadline", "wrr": "grouped_fcfs"}  # each turn policy with the prefill policy it belongs to
 
 
-def serve_worker(calls: Connection) -> None:
-    """What a worker's process runs: methods of `Worker` by name, until the pipe closes."""
+def plain_worker(*settings: Any) -> Any:
+    from polymux.actors.worker import Worker
+
+    return Worker(*settings)
+
+
+def serve_worker(calls: Connection, make: Callable[..., Any]) -> None:
+    """What a worker's process runs: methods of `Worker` by name, until the pipe closes. `make` builds it, from its settings."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from polymux.actors.worker import Worker
-
     torch.set_num_threads(1)
-    worker: Worker | None = None
+    worker: Any = None
     while True:
         try:
             name, arguments = calls.recv()
@@ -44,7 +48,7 @@ def serve_worker(calls: Connection) -> None:
             break
         try:
             if name == "start":
-                worker = Worker(*arguments)
+                worker = make(*arguments)
             answer: Any = getattr(worker, name)(*arguments if name != "start" else ())
         except Exception as error:
             answer = error
@@ -56,10 +60,10 @@ def serve_worker(calls: Connection) -> None:
 class ProcessHandle:
     """A worker in a process of its own. Any method of `Worker` may be awaited; `peer` is what others dial."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[..., Any] = plain_worker) -> None:
         context = multiprocessing.get_context("forkserver")
         self._calls, theirs = context.Pipe()
-        self._process = context.Process(target=serve_worker, args=(theirs,), daemon=True)
+        self._process = context.Process(target=serve_worker, args=(theirs, make), daemon=True)
         self._process.start()
         theirs.close()
         self._lock = threading.Lock()  # one call at a time in the pipe
@@ -127,8 +131,9 @@ class SharedStore:
 class ProcessLauncher:
     """For a supervisor: workers in processes, images from the shared store."""
 
-    def __init__(self, store: SharedStore) -> None:
+    def __init__(self, store: SharedStore, make: Callable[..., Any] = plain_worker) -> None:
         self._store = store
+        self._make = make
         self.handles: list[ProcessHandle] = []
 
     async def start_stores(self, *_: Any) -> None:
@@ -141,7 +146,7 @@ class ProcessLauncher:
         return None
 
     async def launch(self, role: Role, config: ClusterConfig) -> ProcessHandle:
-        handle = ProcessHandle()
+        handle = ProcessHandle(self._make)
         self.handles.append(handle)
         return handle
 
@@ -155,9 +160,13 @@ class ProcessLauncher:
 class Cluster(Supervisor):
     """`async with` it. `peers` are its workers, by id."""
 
-    def __init__(self, config: ClusterConfig, store: SharedStore) -> None:
-        self._processes = ProcessLauncher(store)
+    def __init__(self, config: ClusterConfig, store: SharedStore, make: Callable[..., Any] = plain_worker) -> None:
+        self._processes = ProcessLauncher(store, make)
         super().__init__(config, self._processes)  # type: ignore[arg-type]
+
+    async def ask(self, name: str) -> list[Any]:
+        """Every worker's answer to a method of this name."""
+        return await asyncio.gather(*(getattr(handle, name)() for handle in self._processes.handles))
 
     @property
     def peers(self) -> dict[WorkerId, Peer]:
@@ -181,8 +190,10 @@ class Cluster(Supervisor):
 _numbers = itertools.count()
 
 
-def make_config(models: dict[str, Path], policy: str, arena_bytes: int, token: str, max_quota_s: float) -> ClusterConfig:
-    """Two workers with one thread each, both computing prompts and tokens.
+def make_config(
+    models: dict[str, Path], policy: str, arena_bytes: int, token: str, max_quota_s: float, *, costs_path: Path | None = None
+) -> ClusterConfig:
+    """Two workers with one thread each, both computing prompts and tokens. With `costs_path` what they learn is kept, and no batch moves.
 
     Nothing is refused: what comes too late is counted as late, for every policy alike.
     """
@@ -193,7 +204,8 @@ def make_config(models: dict[str, Path], policy: str, arena_bytes: int, token: s
             "models": [{"name": name, "path": str(path)} for name, path in models.items()],
             "pools": {"prefill": pool, "decode": pool, "split": "shared"},
             "engine": {"kv_fraction": KV_FRACTION, "probe_interval_s": 3600, "max_num_seqs": 64},
-            "policies": {"decode": policy, "prefill": PREFILL[policy], "max_quota_s": max_quota_s},
+            "policies": {"decode": policy, "prefill": PREFILL[policy], "max_quota_s": max_quota_s, "rebalance": costs_path is None},
+            "costs": {"path": str(costs_path) if costs_path else None},
             "limits": {"max_queued_requests": 100_000, "max_queued_tokens": 1 << 24, "ttft_refusal_factor": None},
             "liveness": {"report_interval_s": 0.5, "orphan_timeout_s": None, "worker_lease_s": 60.0, "client_lease_s": 600.0},
             "security": {"cluster_token": token},

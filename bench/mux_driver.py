@@ -139,6 +139,7 @@ class Served:
     ask: Ask
     token_times_s: list[float] = field(default_factory=list)
     error: str | None = None
+    request_id: str = ""
 
     def outcome(self, slo: SLO) -> Outcome:
         return Outcome(slo=slo, token_times_s=tuple(self.token_times_s), num_due=self.ask.num_output_tokens)
@@ -155,6 +156,7 @@ class Driver:
         self._door = FrontDoor(settings, control)
         self._models: dict[str, LoadedModel] = {}
         self._num_sent = 0
+        self.began_s = 0.0  # the last run's time 0, on the loop's clock
 
     async def start(self) -> None:
         await self._door.start()
@@ -166,7 +168,7 @@ class Driver:
     async def run(self, asks: Sequence[Ask], slo: SLO) -> list[Served]:
         """Every request at its time. Those that still run when all their tokens are late are given up; the cluster is idle on return."""
         loop = asyncio.get_running_loop()
-        began_s = loop.time() + 0.05
+        began_s = self.began_s = loop.time() + 0.05
         served, tasks = [Served(ask) for ask in asks], []
         for one in served:
             await asyncio.sleep(max(0.0, began_s + one.ask.at_s - loop.time()))
@@ -183,7 +185,9 @@ class Driver:
         self._num_sent += 1
         model, loop, times = self._models[served.ask.model], asyncio.get_running_loop(), served.token_times_s
         try:
-            async with self._door.open(self._generation(served.ask, slo), model.tokenizer) as request:
+            generation = self._generation(served.ask, slo)
+            served.request_id = generation.envelope.request_id
+            async with self._door.open(generation, model.tokenizer) as request:
                 choice = request.choices[0]
                 while not request.is_finished:
                     await request.news()

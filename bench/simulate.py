@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
-from sim_report import draw, report
+from sim_report import TOLD, draw, report
 
 from machine import describe
 from polymux.deploy.simulation.runs import Result, percent, run_policy
@@ -89,17 +92,28 @@ def default_folder() -> Path:
     raise SystemExit("no request lists found; name their folder with --trace-dir")
 
 
-def measure(
-    section: Section, key: str, path: Path, costs: CostModel, targets: Targets, pool: Pool, policies: Sequence[str], *, lanes: bool = False
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One cost model with one SLO, for a section of the report."""
+
+    costs: CostModel
+    targets: Targets
+    pool: Pool
+    has_lanes: bool = False
+
+
+def measure(title: str, setting: Setting, key: str, path: Path, policies: Sequence[str]) -> tuple[float, dict[str, Result]]:
+    """The bound at one point, and every policy's result."""
     requests = read_artifact(path)
-    section.bounds[key] = percent(max_on_time(requests, costs, targets, num_workers=pool.num_devices))
-    results = section.results[key] = {}
+    costs, targets, pool = setting.costs, setting.targets, setting.pool
+    bound = percent(max_on_time(requests, costs, targets, num_workers=pool.num_devices))
+    results = {}
     for policy in policies:
-        journal = Journal() if lanes and policy in ("slack", "wrr", "sllm-idle") else None
+        journal = Journal() if setting.has_lanes and key == TOLD and policy in ("slack", "wrr", "sllm-idle") else None
         one = results[policy] = run_policy(policy, requests, costs, targets, pool, journal=journal)
         shares = " ".join(f"{name} {100 * getattr(one.attainment, name):6.2f}" for name in ("qos", "tok", "req"))
-        print(f"{section.title:28} {key:10} {policy:12} {shares}  failed {one.attainment.num_failed:4}  {one.wall_s:5.1f} s", flush=True)
+        print(f"{title:28} {key:10} {policy:12} {shares}  failed {one.attainment.num_failed:4}  {one.wall_s:5.1f} s", flush=True)
+    return bound, results
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES), metavar="NAME")
     parser.add_argument("--devices", type=int, default=16)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; the results do not depend on it")
     parser.add_argument("--no-physical", action="store_true", help="only the published costs")
     parser.add_argument("--out", type=Path, help="write the report there, and its pictures beside it")
     options = parser.parse_args(arguments)
@@ -118,26 +133,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := [point.key for point in points if point not in files]:
         raise SystemExit(f"no list for {', '.join(missing)}; there are {', '.join(point.key for point in sorted(files)) or 'none'}")
     print(describe())
-    half = Targets(ttft_us=DEFAULT_SLO.ttft_us // 2, tpot_us=DEFAULT_SLO.tpot_us // 2)
-    published, halved = Section("published costs"), Section("published costs, half SLO")
-    physical, physical_half = Section("physical costs"), Section("physical costs, half SLO")
-    pool = Pool(num_devices=options.devices)
-    roomy = Pool(num_devices=options.devices, weight_budget_bytes=PHYSICAL_BUDGET)
-    real = physical_costs("h100")
-    for point in points:
-        measure(published, point.key, files[point], H100_ARTIFACT, DEFAULT_SLO, pool, options.policies, lanes=True)
-        measure(halved, point.key, files[point], H100_ARTIFACT, half, pool, options.policies)
-        if not options.no_physical:
-            measure(physical, point.key, files[point], real, DEFAULT_SLO, roomy, options.policies)
-            measure(physical_half, point.key, files[point], real, half, roomy, options.policies)
-    sections = [section for section in (published, halved, physical, physical_half) if section.results]
+    chosen = settings(options.devices, has_physical=not options.no_physical)
+    sections = [Section(title) for title in chosen]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("forkserver")) as processes:
+        work = [
+            (section, point.key, processes.submit(measure, section.title, chosen[section.title], point.key, files[point], options.policies))
+            for point in reversed(points)  # the longest first
+            for section in reversed(sections)
+        ]
+        for section, key, future in reversed(work):
+            section.bounds[key], section.results[key] = future.result()
     if options.out is not None:
         draw(options.out, points, sections, DEFAULT_SLO)
         options.out.write_text(report(options.out, points, sections, describe()), encoding="utf-8")
-    line = {"unit": "percent", "devices": options.devices, "points": published.to_dict(), "half_slo": halved.to_dict()}
+    line: dict[str, object] = {"unit": "percent", "devices": options.devices}
+    line |= {
+        name: section.to_dict() for name, section in zip(("points", "half_slo", "physical", "physical_half_slo"), sections, strict=False)
+    }
     line["bound"] = {section.title: section.bounds for section in sections}
-    line["physical"], line["physical_half_slo"] = physical.to_dict(), physical_half.to_dict()
     print(json.dumps(line))
+
+
+def settings(num_devices: int, *, has_physical: bool) -> dict[str, Setting]:
+    """By title of their sections, in the order of the report."""
+    half = Targets(ttft_us=DEFAULT_SLO.ttft_us // 2, tpot_us=DEFAULT_SLO.tpot_us // 2)
+    pool = Pool(num_devices=num_devices)
+    roomy = Pool(num_devices=num_devices, weight_budget_bytes=PHYSICAL_BUDGET)
+    found = {
+        "published costs": Setting(costs=H100_ARTIFACT, targets=DEFAULT_SLO, pool=pool, has_lanes=True),
+        "published costs, half SLO": Setting(costs=H100_ARTIFACT, targets=half, pool=pool),
+    }
+    if has_physical:
+        found["physical costs"] = Setting(costs=physical_costs("h100"), targets=DEFAULT_SLO, pool=roomy)
+        found["physical costs, half SLO"] = Setting(costs=physical_costs("h100"), targets=half, pool=roomy)
+    return found
 
 
 if __name__ == "__main__":

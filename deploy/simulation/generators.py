@@ -95,13 +95,14 @@ def generate(text: str, kinds: Sequence[str]) -> list[SimRequest]:
     ranked = list(range(shape.models))
     rngs["order"].shuffle(ranked)
     weights = zipf_weights(shape.models, shape.zipf)
-    found: list[tuple[float, int, int, int]] = []
-    for at_s in accumulate(GENERATORS[name](shape, rngs["gaps"])):
+    found: list[tuple[float, int, int, int, int | None]] = []
+    for number, at_s in enumerate(accumulate(GENERATORS[name](shape, rngs["gaps"]))):
         if at_s >= shape.seconds:
             break
         model = rngs["models"].choices(ranked, weights)[0]
         turns = _session(at_s, shape, rngs["lengths"]) if name == "sessions" else [(at_s, *_lengths(shape, rngs["lengths"]))]
-        found += [(began_s, model, num_input, num_output) for began_s, num_input, num_output in turns if began_s < shape.seconds]
+        session = number if name == "sessions" else None
+        found += [(began_s, model, num_input, num_output, session) for began_s, num_input, num_output in turns if began_s < shape.seconds]
     return [
         SimRequest(
             request_id=i,
@@ -110,8 +111,9 @@ def generate(text: str, kinds: Sequence[str]) -> list[SimRequest]:
             kind=kinds[model % len(kinds)],
             input_len=num_input,
             output_len=num_output,
+            session=session,
         )
-        for i, (at_s, model, num_input, num_output) in enumerate(sorted(found))
+        for i, (at_s, model, num_input, num_output, session) in enumerate(sorted(found, key=lambda one: one[:4]))
     ]
 
 

@@ -15,14 +15,17 @@ SECOND = 1_000_000  # microseconds
 class CostModel(Protocol):
     """Of one kind of device. `kind` names a model's architecture and size; models of one kind cost the same."""
 
-    def prefill_us(self, kind: str, lengths: Sequence[int]) -> int:
-        """One step over whole prompts of these lengths; it makes each one's first token."""
+    def prefill_us(self, kind: str, lengths: Sequence[int], cached: Sequence[int] = ()) -> int:
+        """One step over so many tokens of each prompt; after these many of each that have their KV, none where they are not given."""
 
     def decode_us(self, kind: str, num_seqs: int, kv_tokens: int) -> int:
         """One step of a batch whose contexts add up to `kv_tokens`."""
 
     def load_us(self, kind: str) -> int:
         """Bring the weights in, with nothing prefetched."""
+
+    def prefetch_us(self, kind: str) -> int:
+        """The same beside a worker's compute, where that is slower."""
 
     def prefetched_us(self, kind: str, computed_us: int) -> int:
         """Bring them in when the load had `computed_us` of the former model's compute to hide behind."""
@@ -65,7 +68,8 @@ class ArtifactCosts:
     link_gb_per_s: int = 16
     min_prefetched_ms: int = 10
 
-    def prefill_us(self, kind: str, lengths: Sequence[int]) -> int:
+    def prefill_us(self, kind: str, lengths: Sequence[int], cached: Sequence[int] = ()) -> int:
+        """What is cached counts for nothing: the artifact has no such thing."""
         a, b, c = self.kinds[kind].prefill
         return int(1000 * (a + b * sum(lengths) + c * sum(n * n for n in lengths))) * MS
 
@@ -75,6 +79,9 @@ class ArtifactCosts:
 
     def load_us(self, kind: str) -> int:
         return int(self.kinds[kind].weight_gb / self.link_gb_per_s * 1000) * MS
+
+    def prefetch_us(self, kind: str) -> int:
+        return self.load_us(kind)
 
     def prefetched_us(self, kind: str, computed_us: int) -> int:
         return max(self.min_prefetched_ms * MS, self.load_us(kind) - computed_us)

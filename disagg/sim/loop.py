@@ -52,6 +52,8 @@ class Journal:
 class Simulation(ABC, Generic[Device]):
     """One pool under one policy. Ties in time: arrivals first, then whatever was begun first."""
 
+    door_us = 0  # from a request's arrival until a policy hears of it
+
     def __init__(self, targets: Targets, journal: Journal | None = None) -> None:
         self._targets = targets
         self._journal = journal
@@ -71,7 +73,7 @@ class Simulation(ABC, Generic[Device]):
         arriving = next(waiting, None)
         num_arrived = 0
         while arriving is not None or self._events:
-            if arriving is not None and (not self._events or arriving.request.arrival_us <= self._events[0][0]):
+            if arriving is not None and (not self._events or arriving.request.arrival_us + self.door_us <= self._events[0][0]):
                 self._arrive(arriving)
                 arriving = next(waiting, None)
                 num_arrived += 1

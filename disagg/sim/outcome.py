@@ -116,6 +116,10 @@ class Progress:
         return self.request.output_len - self.num_tokens
 
     @property
+    def context_len(self) -> int:
+        return self.request.input_len + self.num_tokens
+
+    @property
     def ttft_us(self) -> int | None:
         return None if self.first_us is None else self.first_us - self.request.arrival_us
 

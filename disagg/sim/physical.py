@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from polymux.disagg.cost import prefill_features
 from polymux.disagg.sim.costs import SECOND, Three
 from polymux.disagg.sim.sized import SizedCosts, SizedKind
 
@@ -28,8 +29,9 @@ class PhysicalCosts(SizedCosts):
     link_bytes_per_s: float  # host memory to device, one way
     switch_overhead_us: int = 2_000  # rebinding, the first launch
 
-    def prefill_us(self, kind: str, lengths: Sequence[int]) -> int:
-        return _us(self.kinds[kind].prefill, sum(lengths), sum(n * n for n in lengths))
+    def chunks_us(self, kind: str, chunks: Sequence[tuple[int, int]]) -> int:
+        _, num_tokens, squares = prefill_features(chunks)
+        return _us(self.kinds[kind].prefill, num_tokens, squares)
 
     def decode_us(self, kind: str, num_seqs: int, kv_tokens: int) -> int:
         return _us(self.kinds[kind].decode, num_seqs, kv_tokens)

@@ -10,10 +10,11 @@ from polymux.disagg.sim.costs import CostModel
 from polymux.disagg.sim.loop import Journal, Simulation
 from polymux.disagg.sim.oracle import OracleLevel
 from polymux.disagg.sim.outcome import Targets
+from polymux.disagg.sim.overheads import Overheads
 from polymux.disagg.sim.published import Published
 from polymux.disagg.sim.request_level import RequestLevel
 from polymux.disagg.sim.static import StaticPlacement
-from polymux.disagg.sim.token_level import TokenLevel
+from polymux.disagg.sim.token_level import NO_OVERHEADS, TokenLevel
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import ConfigError
 
@@ -33,6 +34,8 @@ class Pool:
     max_num_seqs: int = 256
     weight_budget_bytes: int | None = None
     devices_per_link: int = 1  # that load weights one after another; only under policies that let weights stay
+    max_quota_s: float = 4.0  # of a turn, under `slack` and `wrr-shared`
+    overheads: Overheads = NO_OVERHEADS  # under the same two
 
     def __post_init__(self) -> None:
         if self.num_devices < 1:
@@ -54,12 +57,14 @@ def _turns(name: str) -> Builder:
         return TokenLevel(
             costs,
             targets,
-            turn_policy(name),
+            turn_policy(name, max_quota_s=pool.max_quota_s),
             num_workers=pool.num_devices,
             max_prefill_tokens=pool.max_prefill_tokens,
             max_num_seqs=pool.max_num_seqs,
             weight_budget_bytes=pool.weight_budget_bytes,
             devices_per_link=pool.devices_per_link,
+            max_quota_s=pool.max_quota_s,
+            overheads=pool.overheads,
             journal=journal,
         )
 

@@ -6,12 +6,13 @@ one, where models stay while there is room, and loads take a link's bandwidth fr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from polymux.disagg.eviction import Popularity
+from polymux.disagg.eviction import EvictionPlan, Popularity, cost_s, plan_room
 from polymux.disagg.sim.costs import SECOND, CostModel
+from polymux.disagg.views import ArenaView, ResidentView
 from polymux.transport.units import ModelName
 
 
@@ -22,6 +23,9 @@ class Switcher(Protocol):
 
     @property
     def resident(self) -> frozenset[ModelName]: ...
+
+    def known(self, now_us: int) -> frozenset[ModelName]:
+        """The same, as of the worker's last report."""
 
     def wait_us(self, model: ModelName, now_us: int) -> int:
         """How long a switch to this model would take from now; 0 for the active one. KV that must come in is not counted."""
@@ -51,6 +55,9 @@ class ArtifactSwitcher:
     @property
     def resident(self) -> frozenset[ModelName]:
         return frozenset() if self.active is None else frozenset({self.active})
+
+    def known(self, now_us: int) -> frozenset[ModelName]:
+        return self.resident
 
     def wait_us(self, model: ModelName, now_us: int) -> int:
         if model == self.active:
@@ -83,78 +90,174 @@ class Link:
 
 
 @dataclass(slots=True)
+class Reported:
+    """A set as of a worker's last report. `changes` must be told before it does."""
+
+    interval_us: int = 0  # 0: always as of now
+    _report: int = -1
+    _then: frozenset[ModelName] = frozenset()
+
+    def changes(self, now_us: int, before: frozenset[ModelName]) -> None:
+        if self.interval_us and now_us // self.interval_us > self._report:
+            self._report, self._then = now_us // self.interval_us, before
+
+    def seen(self, now_us: int, current: frozenset[ModelName]) -> frozenset[ModelName]:
+        return self._then if self.interval_us and now_us // self.interval_us == self._report else current
+
+
+@dataclass(slots=True)
+class _Resident:
+    """Weights in an arena, or on their way there until `ready_us`."""
+
+    offset: int
+    nbytes: int
+    began_us: int
+    ready_us: int
+    used_us: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+@dataclass(slots=True)
 class PhysicalSwitcher:
-    """Models stay while their weights fit; one load at a time crosses the worker's link, and finishes when its last byte is there."""
+    """Models lie in an arena while there is room, as `disagg/eviction.py` has it; a load finishes when its last byte has crossed the link.
+
+    `end` says where weights must end at present. What moves to make room is copied at the link's speed, before the switch is done.
+    """
 
     costs: CostModel
     kinds: Mapping[ModelName, str]
-    weight_budget_bytes: int
+    end: Callable[[], int]
     link: Link = field(default_factory=Link)
+    reported: Reported = field(default_factory=Reported)
+    overhead_us: int = 0  # of a switch to weights that are there
     active: ModelName | None = None
-    _ready_at_us: dict[ModelName, int] = field(default_factory=dict)  # resident or on its way: when its last byte is there
+    _residents: dict[ModelName, _Resident] = field(default_factory=dict)
+    _resident: frozenset[ModelName] = frozenset()
     _popularity: dict[ModelName, Popularity] = field(default_factory=dict)
 
     @property
     def resident(self) -> frozenset[ModelName]:
-        return frozenset(self._ready_at_us)
+        return self._resident
+
+    def known(self, now_us: int) -> frozenset[ModelName]:
+        return self.reported.seen(now_us, self._resident)
 
     def wait_us(self, model: ModelName, now_us: int) -> int:
+        """A prediction, as a worker makes it: it knows that a load is under way, not how fast it goes."""
         if model == self.active:
             return 0
-        if model in self._ready_at_us:
-            return max(0, self._ready_at_us[model] - now_us)
-        return max(0, self.link.free_at_us - now_us) + self.costs.load_us(self.kinds[model])
+        load_us = self.costs.load_us(self.kinds[model])
+        resident = self._residents.get(model)
+        if resident is None:
+            return max(0, self.link.free_at_us - now_us) + load_us
+        return 0 if resident.ready_us <= now_us else max(0, resident.began_us + load_us - now_us)
 
     def switch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int:
-        if model not in self._ready_at_us:
-            self._make_room(model, now_us, wanted, keep=frozenset({model}))
-            self._load(model, now_us)
-        took_us = max(0, self._ready_at_us[model] - now_us)
-        if model != self.active:
-            self.active = model
-            self._popularity[model] = self._popularity.get(model, Popularity()).touched(now_us / SECOND)
-        return took_us
+        moved_us = self._vacate(now_us)
+        if model == self.active:
+            return moved_us
+        if model not in self._residents:
+            plan = self._plan(model, now_us, wanted, may_evict_busy=False) or self._plan(model, now_us, wanted, may_evict_busy=True)
+            assert plan is not None, "a worker's reserve holds any one model"
+            moved_us += self._begin(model, plan, now_us, self.costs.load_us(self.kinds[model]))
+        resident = self._residents[model]
+        left_us = min(max(0, resident.ready_us - now_us), max(0, self.link.free_at_us - now_us))
+        self.active, resident.used_us = model, now_us
+        self._popularity[model] = self._popularity.get(model, Popularity()).touched(now_us / SECOND)
+        return max(self.overhead_us, left_us) + moved_us
 
     def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int | None:
-        if model in self._ready_at_us:
+        if model in self._residents:
             return None
         if self.link.free_at_us > now_us:
             return self.link.free_at_us
-        keep = frozenset(wanted) | {model} | ({self.active} if self.active is not None else set())
-        if self._make_room(model, now_us, (), keep=keep):
-            self._load(model, now_us)
+        self._vacate(now_us)
+        plan = self._plan(model, now_us, wanted, may_evict_busy=False)
+        kind = self.kinds[model]
+        speed = self._bytes_per_s(model)
+        if (
+            plan is not None
+            and cost_s(self._view(now_us, wanted, may_evict_busy=False), plan, speed) < self.costs.weight_bytes(kind) / speed
+        ):
+            self._begin(model, plan, now_us, self.costs.prefetch_us(kind))
         return None
 
     def can_prefetch(self, named: ModelName | None, models: Collection[ModelName]) -> bool:
-        if named is not None and named not in self._ready_at_us:
+        if named is not None and named not in self._residents:
             return False
         sizes = sorted((self.costs.weight_bytes(self.kinds[model]) for model in models), reverse=True)
-        return sum(sizes[:2]) <= self.weight_budget_bytes
+        return sum(sizes[:2]) <= self.end()
 
     def computed(self, step_us: int) -> None:
         """Loads run beside compute at their own speed."""
 
-    def _load(self, model: ModelName, now_us: int) -> None:
-        self.link.free_at_us = max(self.link.free_at_us, now_us) + self.costs.load_us(self.kinds[model])
-        self._ready_at_us[model] = self.link.free_at_us
+    def _begin(self, model: ModelName, plan: EvictionPlan, now_us: int, load_us: int) -> int:
+        """Make the planned room and start the load. How long the moves take."""
+        for victim in plan.victims:
+            self._evict(victim, now_us)
+        moved_us = self._move(plan)
+        self.link.free_at_us = max(self.link.free_at_us, now_us) + load_us
+        nbytes = self.costs.weight_bytes(self.kinds[model])
+        self.reported.changes(now_us, self._resident)
+        self._residents[model] = _Resident(plan.offset, nbytes, now_us, self.link.free_at_us, now_us)
+        self._resident = frozenset(self._residents)
+        return moved_us
 
-    def _make_room(self, model: ModelName, now_us: int, wanted: Collection[ModelName], *, keep: frozenset[ModelName]) -> bool:
-        """Evict by value, models with work last, none of `keep`. False, and nobody evicted, when that is not enough."""
-        used = sum(self.costs.weight_bytes(self.kinds[name]) for name in self._ready_at_us)
-        missing = used + self.costs.weight_bytes(self.kinds[model]) - self.weight_budget_bytes
-        line = sorted((name for name in self._ready_at_us if name not in keep), key=lambda name: self._rank(name, now_us, wanted))
-        victims: list[ModelName] = []
-        while missing > 0 and line:
-            victims.append(line.pop(0))
-            missing -= self.costs.weight_bytes(self.kinds[victims[-1]])
-        if missing > 0:
-            return False
-        for victim in victims:
-            del self._ready_at_us[victim]
-            if victim == self.active:
-                self.active = None
-        return True
+    def _move(self, plan: EvictionPlan) -> int:
+        for move in plan.moves:
+            self._residents[move.model].offset = move.offset
+        return sum(self.costs.load_us(self.kinds[move.model]) for move in plan.moves)
 
-    def _rank(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> tuple[bool, bool, float, ModelName]:
-        chance = self._popularity.get(model, Popularity()).chance(now_us / SECOND)
-        return model in wanted, model == self.active, chance, model
+    def _evict(self, model: ModelName, now_us: int) -> None:
+        self.reported.changes(now_us, self._resident)
+        del self._residents[model]
+        self._resident = frozenset(self._residents)
+        if model == self.active:
+            self.active = None
+
+    def _vacate(self, now_us: int) -> int:
+        """KV has come where weights lay: idle ones leave, the active one moves down. How long that takes."""
+        end = self.end()
+        for model in [model for model, one in self._residents.items() if one.end > end and model != self.active]:
+            self._evict(model, now_us)
+        if self.active is None or (active := self._residents[self.active]).end <= end:
+            return 0
+        view = self._view(now_us, (), may_evict_busy=True)
+        others = tuple(one for one in view.residents if one.model != self.active)
+        plan = plan_room(replace(view, residents=others), active.nbytes, move_bytes_per_s=self._bytes_per_s(self.active))
+        assert plan is not None, "a worker's reserve holds any one model"
+        for victim in plan.victims:
+            self._evict(victim, now_us)
+        active.offset = plan.offset
+        return self._move(plan) + self.costs.load_us(self.kinds[self.active])
+
+    def _plan(self, model: ModelName, now_us: int, wanted: Collection[ModelName], *, may_evict_busy: bool) -> EvictionPlan | None:
+        view = self._view(now_us, wanted, may_evict_busy=may_evict_busy)
+        return plan_room(view, self.costs.weight_bytes(self.kinds[model]), move_bytes_per_s=self._bytes_per_s(model))
+
+    def _view(self, now_us: int, wanted: Collection[ModelName], *, may_evict_busy: bool) -> ArenaView:
+        order = sorted(self._residents, key=lambda model: (self._residents[model].used_us, model))
+        turns = {model: turn for turn, model in enumerate(order, start=1)}
+        found = []
+        for model, one in self._residents.items():
+            is_loading = one.ready_us > now_us
+            view = ResidentView(
+                model=model,
+                offset=one.offset,
+                nbytes=one.nbytes,
+                reload_s=self.costs.load_us(self.kinds[model]) / SECOND,
+                reuse_chance=self._popularity.get(model, Popularity()).chance(now_us / SECOND),
+                has_work=model in wanted,
+                is_locked=not may_evict_busy and (model == self.active or is_loading),
+                is_fixed=is_loading,
+                turns_ahead=turns[model],
+            )
+            found.append(view)
+        return ArenaView(start=0, end=self.end(), residents=tuple(found))
+
+    def _bytes_per_s(self, model: ModelName) -> float:
+        kind = self.kinds[model]
+        return self.costs.weight_bytes(kind) * SECOND / self.costs.load_us(kind)

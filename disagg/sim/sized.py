@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -24,8 +24,18 @@ class SizedCosts(ABC):
     @abstractmethod
     def load_us(self, kind: str) -> int: ...
 
+    def prefetch_us(self, kind: str) -> int:
+        return self.load_us(kind)
+
     def prefetched_us(self, kind: str, computed_us: int) -> int:
         return max(self.switch_overhead_us, self.load_us(kind) - computed_us)
+
+    def prefill_us(self, kind: str, lengths: Sequence[int], cached: Sequence[int] = ()) -> int:
+        return self.chunks_us(kind, tuple(zip(cached or (0,) * len(lengths), lengths, strict=True)))
+
+    @abstractmethod
+    def chunks_us(self, kind: str, chunks: Sequence[tuple[int, int]]) -> int:
+        """A prefill step over each chunk's (tokens cached before, tokens computed now)."""
 
     def weight_bytes(self, kind: str) -> int:
         return self.kinds[kind].num_weight_bytes

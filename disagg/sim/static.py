@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from polymux.disagg.multiplex import WeightedRoundRobin
 from polymux.disagg.sim.costs import CostModel
+from polymux.disagg.sim.kv import KvRoom
 from polymux.disagg.sim.loop import Journal
-from polymux.disagg.sim.outcome import Targets
+from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.residency import Link, Switcher
-from polymux.disagg.sim.token_level import SimWorker, TokenLevel
+from polymux.disagg.sim.token_level import TokenLevel
+from polymux.disagg.sim.worker import SimWorker
 from polymux.disagg.sim.workload import SimRequest
 from polymux.transport.units import ModelName
 
@@ -30,6 +32,9 @@ class AlwaysThere:
     @property
     def resident(self) -> frozenset[ModelName]:
         return frozenset() if self.active is None else frozenset({self.active})
+
+    def known(self, now_us: int) -> frozenset[ModelName]:
+        return self.resident
 
     def wait_us(self, model: ModelName, now_us: int) -> int:
         return 0
@@ -61,15 +66,18 @@ class StaticPlacement(TokenLevel):
         self._used = {worker.number: 0 for worker in self._workers}  # bytes of weights
         self._num_models = {worker.number: 0 for worker in self._workers}
 
-    def _switcher(self, link: Link) -> Switcher:
+    def _switcher(self, link: Link, kv: KvRoom | None) -> Switcher:
         return AlwaysThere()
+
+    def _left(self, one: Progress, worker: SimWorker) -> None:
+        """Nothing was promised: models have their places."""
 
     def _place(self, request: SimRequest, now_us: int) -> SimWorker | None:
         home = self._homes.get(request.model)
         if home is not None:
             return home
         nbytes = self._costs.weight_bytes(request.kind)
-        able = [worker for worker in self._workers if self._has_room(worker, nbytes)]
+        able = [worker for worker in self._workers if self._may_have(worker, nbytes)]
         if not able:
             return None
         home = self._homes[request.model] = min(able, key=lambda worker: (self._used[worker.number], worker.number))
@@ -77,7 +85,7 @@ class StaticPlacement(TokenLevel):
         self._num_models[home.number] += 1
         return home
 
-    def _has_room(self, worker: SimWorker, nbytes: int) -> bool:
+    def _may_have(self, worker: SimWorker, nbytes: int) -> bool:
         count = self._num_models[worker.number]
         if self._max_models is not None:
             return count < self._max_models

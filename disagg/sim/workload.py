@@ -19,6 +19,8 @@ class SimRequest:
     kind: str
     input_len: int
     output_len: int
+    max_tokens: int | None = None  # that the user allows, which policies do see; None: any number
+    session: int | None = None  # requests of one begin with all that was said in it before
 
 
 def read_artifact(path: Path) -> tuple[SimRequest, ...]:
