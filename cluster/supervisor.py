@@ -27,6 +27,7 @@ log = logging.getLogger("polymux.supervisor")
 
 BOOT_S = 120.0  # for a worker's process to come up
 CALL_S = 30.0  # for any other call to a worker
+TEACH_S = 300.0  # for one in which it learns of a model: the first process of a machine compiles kernels, half a minute beside others
 STORE_S = 600.0  # for a node's store, which packs every model before its first worker starts
 DRAIN_S = 60.0  # for a worker's sequences to move or end
 DRAIN_STEP_S = 0.1  # between two looks at a worker that is being drained
@@ -134,7 +135,7 @@ class Supervisor:
         store_address = await within(self._launcher.store_address(handle), STORE_S, f"the weight store of {name}")
         seat = self._seating.seats[place.worker_id]
         settings = worker_settings(self.config, place.role, place.worker_id, store_address, tuple(self._specs.values()), seat)
-        hello = await within(handle.start(settings), CALL_S, f"the start of {name}")
+        hello = await within(handle.start(settings), TEACH_S, f"the start of {name}")
         known: set[ModelSpec] = set()
         await self._teach(handle, known)
         place.epoch = self.controller.join(hello).epoch
@@ -147,7 +148,7 @@ class Supervisor:
         """Every model that it does not know, those that come meanwhile included: on return there is none."""
         while missing := [spec for spec in self._specs.values() if spec not in known]:
             for spec in missing:
-                await within(handle.add_model(spec), CALL_S, f"adding {spec.model} to a worker")
+                await within(handle.add_model(spec), TEACH_S, f"adding {spec.model} to a worker")
                 known.add(spec)
 
     # -- watching -----------------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ class Supervisor:
             assert handle is not None
             told.add(handle)
             try:
-                await within(handle.add_model(spec), CALL_S, f"adding {spec.model} to worker {place.worker_id}")
+                await within(handle.add_model(spec), TEACH_S, f"adding {spec.model} to worker {place.worker_id}")
             except WorkerLost as error:
                 if place.handle is handle:
                     self._lose(place, str(error))

@@ -7,15 +7,18 @@ oneDNN's packed bytes, read in place: the products of many rows use the same ima
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from polymux.kernels.paged import CacheShape
 MAX_ROWS = 16
 MAX_ROWS_WITHOUT_TILES = 8  # then the products of more rows are bound by arithmetic, and torch does as well
 LANES = 16
+COMPILE_S = 120.0  # to wait for another process that compiles
 
 
 class Layer(Protocol):
@@ -201,7 +205,9 @@ def compiled() -> Compiled:
         binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
     from polymux.kernels import decode_layer, packed_dot
 
-    layer, predict = decode_layer.compile_both(_cache_folder())
+    folder = _cache_folder()
+    with _alone_in(folder):
+        layer, predict = decode_layer.compile_both(folder)
     parallel = library.GOMP_parallel
     parallel.restype, parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     has_tiles = packed_dot.HAS_TILES and torch.cpu._init_amx()
@@ -220,6 +226,27 @@ def _cache_folder() -> str | None:
     except (OSError, RuntimeError):
         return None
     return str(folder) if os.access(folder, os.W_OK) else None
+
+
+@contextmanager
+def _alone_in(folder: str | None) -> Iterator[None]:
+    """One process of the machine compiles, and those that wait find its code; for `COMPILE_S` at most, then this one compiles too."""
+    if folder is None:
+        yield
+        return
+    with (Path(folder) / "lock").open("w") as file:
+        until_s = time.monotonic() + COMPILE_S
+        while not _try_lock(file) and time.monotonic() < until_s:
+            time.sleep(0.1)
+        yield  # closing the file lets go of the lock
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _address(tensor: Tensor | None) -> int:

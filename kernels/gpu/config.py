@@ -1,6 +1,7 @@
 """Tile sizes of attention, by head size, element size, GQA ratio and chip: fixed when a planner is built, so that no step ever tunes.
 
-What a choice compiles to (registers, spills, shared memory) is tested without a GPU; which is fastest, a sweep of the benchmark shows on one.
+What a choice compiles to (registers, spills, shared memory) is tested without a GPU; which is fastest, a sweep of the benchmark shows on
+one.
 """
 
 from __future__ import annotations

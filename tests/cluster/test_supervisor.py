@@ -232,7 +232,7 @@ async def test_a_checkpoint_that_is_broken_leaves_nothing_running() -> None:
 
 
 async def test_a_worker_that_hangs_in_its_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "CALL_S", 0.02)
+    monkeypatch.setattr(supervisor_module, "TEACH_S", 0.02)
     rig = Rig(config_for(NAMES[0]))
     rig.launcher.gates["start"] = asyncio.Event()
     with pytest.raises(PolymuxError, match=r"worker (prefill|decode)-\d"):
