@@ -1,7 +1,6 @@
 """Tile sizes of attention, by head size, element size, GQA ratio and chip: fixed when a planner is built, so that no step ever tunes.
 
-What a choice compiles to (registers, spills, shared memory) is tested without a GPU; which is fastest, a sweep of the benchmark shows on
-one.
+What a choice compiles to (registers, spills, shared memory) is tested without a GPU; which is fastest, a sweep by the benchmark shows.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 
 from polymux.kernels.gpu.work import TileConfig
 
-BLOCKS_PER_SM = 4  # thread blocks a multiprocessor that the splits of a decode launch aim at: three run at a time
+BLOCKS_PER_SM = 4  # that the splits of a launch aim at; three of decode run at a time
 MIN_SPLIT_KEYS = 256  # shorter parts cost more to combine than they save
 ITERATION_BYTES = 32 << 10  # K and V of one decode iteration; two of them are in flight
 RESERVED_BYTES = 1 << 10  # of a multiprocessor's shared memory, for each thread block
@@ -33,6 +32,26 @@ class Chip:
         properties = torch.cuda.get_device_properties(device)
         shared_bytes = properties.shared_memory_per_multiprocessor - RESERVED_BYTES
         return cls(num_sms=properties.multi_processor_count, shared_bytes=shared_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """How a model's attention is computed on one chip."""
+
+    decode: TileConfig
+    prefill: TileConfig
+    num_blocks: int  # thread blocks that splits aim at; 0 splits nothing
+
+    @classmethod
+    def choose(cls, head_dim: int, item_bytes: int, group: int, chip: Chip, *, batch_invariant: bool) -> Tiles:
+        if batch_invariant:
+            one = invariant_config(head_dim, item_bytes, group)
+            return cls(decode=one, prefill=one, num_blocks=0)
+        return cls(
+            decode=decode_config(head_dim, item_bytes, group),
+            prefill=prefill_config(head_dim, item_bytes, chip),
+            num_blocks=BLOCKS_PER_SM * chip.num_sms,
+        )
 
 
 def decode_config(head_dim: int, item_bytes: int, group: int) -> TileConfig:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polymux.kernels.gpu.config import BLOCKS_PER_SM, MIN_SPLIT_KEYS, Chip, decode_config, invariant_config, padded_dim, prefill_config
+from polymux.kernels.gpu.config import MIN_SPLIT_KEYS, Chip, Tiles, padded_dim
 from polymux.kernels.gpu.staging import Staging, Words
 from polymux.kernels.gpu.work import ITEM_WORDS, Queries, Split, TileConfig, cut, num_parts, padding_items
 from polymux.kernels.paged import CacheShape, Span
@@ -64,18 +64,22 @@ class StepPlanner:
     """Builds the plans of one model's steps. The tensors of a plan live in the staging buffer and are overwritten by the next step's."""
 
     def __init__(
-        self, shape: CacheShape, num_heads: int, item_bytes: int, workspace: Workspace, *, chip: Chip, batch_invariant: bool = False
+        self,
+        shape: CacheShape,
+        num_heads: int,
+        item_bytes: int,
+        workspace: Workspace,
+        *,
+        chip: Chip,
+        batch_invariant: bool = False,
+        tiles: Tiles | None = None,
     ) -> None:
         self.shape = shape
         self._workspace = workspace
         self._num_sms = chip.num_sms
-        self._invariant = batch_invariant
         self._group = num_heads // shape.num_kv_heads
-        self._decode = decode_config(shape.head_dim, item_bytes, self._group)
-        self._prefill = prefill_config(shape.head_dim, item_bytes, chip)
-        if batch_invariant:
-            self._decode = self._prefill = invariant_config(shape.head_dim, item_bytes, self._group)
-        self._extra = 0 if batch_invariant else -(-BLOCKS_PER_SM * chip.num_sms // shape.num_kv_heads)
+        self._tiles = tiles or Tiles.choose(shape.head_dim, item_bytes, self._group, chip, batch_invariant=batch_invariant)
+        self._extra = -(-self._tiles.num_blocks // shape.num_kv_heads)
 
     def num_words(self, num_rows: int, num_blocks: int, num_windows: int = 1) -> int:
         """Words of staging that any step of so many rows over so many blocks of context takes."""
@@ -114,15 +118,17 @@ class StepPlanner:
 
     def _launches(self, queries: Queries, window: int | None, num_rows: int, staging: Staging) -> tuple[Launch | None, Launch | None]:
         """The launches for short and for long sequences. Padding rows go with the short ones."""
-        is_short = queries.tokens * self._group <= self._decode.block_m
+        is_short = queries.tokens * self._group <= self._tiles.decode.block_m
         short, long = queries.where(is_short), queries.where(~is_short)
         num_tokens = int(queries.tokens.sum())
-        decode = np.concatenate((self._cut(short, window, self._decode, self._extra), padding_items(num_tokens, num_rows - num_tokens)))
+        decode = np.concatenate(
+            (self._cut(short, window, self._tiles.decode, self._extra), padding_items(num_tokens, num_rows - num_tokens))
+        )
         if not len(long.tokens):
             decode = _padded(decode, num_rows + self._extra)
-        tiles = int((-(-long.tokens * self._group // self._prefill.block_m)).sum()) * self.shape.num_kv_heads
-        prefill = self._cut(long, window, self._prefill, self._extra if tiles < self._num_sms else 0)
-        return _launch(staging, decode, self._decode), _launch(staging, prefill, self._prefill)
+        tiles = int((-(-long.tokens * self._group // self._tiles.prefill.block_m)).sum()) * self.shape.num_kv_heads
+        prefill = self._cut(long, window, self._tiles.prefill, self._extra if tiles < self._num_sms else 0)
+        return _launch(staging, decode, self._tiles.decode), _launch(staging, prefill, self._tiles.prefill)
 
     def _cut(self, queries: Queries, window: int | None, config: TileConfig, extra: int) -> Words:
         """Items whose partial results fit the workspace."""

@@ -1,0 +1,132 @@
+"""Paged attention of one layer, against what this GPU's memory and matrix units do, with torch's own and FlashInfer's beside it.
+
+Decode reads keys and values once and computes little, so it is compared with a copy's bandwidth; prefill computes, and is compared with a
+matrix product. Each step goes over the layers of one cache, in a captured graph, so launches cost what they cost in serving.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from gpu.attention_cases import LLAMA_8B, NUM_LAYERS, QWEN_7B, QWEN_HALF_B, Case, Heads, Step, graph_of
+from gpu.attention_peers import flashinfer, sdpa
+from gpu.harness import Target, copy_bytes_per_s, matrix_flops_per_s, note, time_s
+
+BUDGET_S = 75.0
+ROUNDS = 12
+PEERS = {"sdpa": sdpa, "flashinfer": flashinfer}
+TOLERANCE = 2e-2  # of the norm of the difference to torch's own attention, in bf16
+
+DECODE = {  # batch, context
+    "32x2k": (32, 2048),
+    "64x2k": (64, 2048),
+    "32x8k": (32, 8192),
+    "128x4k": (128, 4096),
+}
+PREFILL = {
+    "prompt_8k": ((8192, 0),),
+    "prompts_4x2k": ((2048, 0),) * 4,
+    "chunk_2k_on_6k": ((2048, 6144),),
+}
+TARGETS = (
+    Target(
+        name="decode.share_of_copy_bandwidth",
+        claim="decode attention's bytes a second over a copy's, the worst of batches from 32 and contexts from 2k of Llama 8B and Qwen 7B",
+        at_least=0.85,
+    ),
+    Target(
+        name="decode.ragged.share_of_copy_bandwidth",
+        claim="the same for 64 sequences of 512 to 8k tokens, Llama 8B",
+        at_least=0.85,
+    ),
+    *(
+        Target(name=f"prefill.{name}.share_of_matrix_rate", claim=f"its rate over a bf16 product's, Llama 8B: {text}", at_least=0.6)
+        for name, text in (
+            ("prompt_8k", "a prompt of 8192 tokens"),
+            ("prompts_4x2k", "four of 2048"),
+            ("chunk_2k_on_6k", "a chunk of 2048 on a cached prefix of 6144"),
+        )
+    ),
+    Target(name="decode.one_sequence_s", claim="a sequence of 4096 tokens, Qwen 0.5B, one layer", unit="s"),
+)
+
+
+def measure(budget_s: float) -> dict[str, float]:
+    torch.manual_seed(0)
+    deadline = time.monotonic() + budget_s
+    figures: dict[str, float] = {}
+    if find_spec("flashinfer") is None:
+        note("attention: FlashInfer is not installed")
+    for figure, taken in _figures():
+        figures |= taken
+        if time.monotonic() > deadline:
+            note(f"attention: out of time after {figure}")
+            break
+    return figures
+
+
+def _figures() -> Iterator[tuple[str, dict[str, float]]]:
+    """Each case's figures. What is promised comes first."""
+    shares = []
+    for heads in (LLAMA_8B, QWEN_7B):
+        for name, (batch, context) in DECODE.items():
+            figures = _decode(f"decode.{heads.name}.{name}", _batch(heads, batch, context))
+            shares.append(figures[f"decode.{heads.name}.{name}.share_of_copy_bandwidth"])
+            yield name, figures | {"decode.share_of_copy_bandwidth": min(shares)}
+    contexts = torch.linspace(512, 8192, 64).int()[torch.randperm(64)].tolist()
+    ragged = Case(heads=LLAMA_8B, sizes=tuple((1, context - 1) for context in contexts))
+    yield "ragged", _decode("decode.ragged", ragged)
+    for name, sizes in PREFILL.items():
+        yield name, _prefill(f"prefill.{name}", Case(heads=LLAMA_8B, sizes=sizes))
+    seconds, _ = _time_ours(Step(case=_batch(QWEN_HALF_B, 1, 4096)))
+    yield "one sequence", {"decode.one_sequence_s": seconds}
+
+
+def _batch(heads: Heads, batch: int, context: int) -> Case:
+    return Case(heads=heads, sizes=((1, context - 1),) * batch)
+
+
+def _decode(name: str, case: Case) -> dict[str, float]:
+    return _shares(name, "share_of_copy_bandwidth", case, case.kv_bytes / copy_bytes_per_s())
+
+
+def _prefill(name: str, case: Case) -> dict[str, float]:
+    return _shares(name, "share_of_matrix_rate", case, case.flops / matrix_flops_per_s())
+
+
+def _shares(name: str, figure: str, case: Case, least_s: float) -> dict[str, float]:
+    """By ours and by each other library: the time that the hardware needs over the time that was taken."""
+    step = Step(case=case)
+    seconds, result = _time_ours(step)
+    peers = _time_peers(name, step, result)
+    return {f"{name}.{figure}": least_s / seconds} | {f"{name}.{peer}.{figure}": least_s / taken for peer, taken in peers.items()}
+
+
+def _time_ours(step: Step) -> tuple[float, Tensor]:
+    """Seconds of one layer, and the last layer's result."""
+    graph = graph_of(step.ours(step.plan()))
+    return time_s(graph.replay, rounds=ROUNDS) / NUM_LAYERS, step.out
+
+
+def _time_peers(name: str, step: Step, ours: Tensor) -> dict[str, float]:
+    """Seconds of one layer by each other library that can compute it; their results must agree with ours."""
+    found = {}
+    for peer, make in PEERS.items():
+        try:
+            run = make(step)
+            theirs = None if run is None else run()
+        except (RuntimeError, TypeError, AttributeError, OSError, ImportError) as error:
+            note(f"{name}: {peer} could not run it: {error!r:.200}")
+            continue
+        if run is None or theirs is None:
+            continue
+        difference = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+        if not difference < TOLERANCE:
+            raise AssertionError(f"{name}: ours and {peer}'s differ by {difference:.2g} of their norm")
+        found[peer] = time_s(run, rounds=ROUNDS)
+    return found
