@@ -17,6 +17,7 @@ from polymux.actors.copier import copy_blocks
 from polymux.actors.weights.huge_pages import use_huge_pages
 from polymux.actors.weights.load import HostTarget, Target
 from polymux.transport.bulk_copy import copy_bytes
+from polymux.transport.cuda.region import DeviceRegion
 from polymux.transport.errors import ConfigError
 from polymux.transport.image_maps import KEEP_S
 from polymux.transport.region import Region
@@ -53,6 +54,9 @@ class Device(Protocol):
 
     def tensor(self, region: Region) -> Tensor:
         """The region's bytes, uint8 [nbytes]."""
+
+    def migrating(self, region: Region) -> Region | DeviceRegion:
+        """The same memory as an end of KV migration; if it is another object, it is closed before the region is."""
 
     def use_for_weights(self, region: Region, nbytes: int) -> None:
         """The first `nbytes` of a region will hold nothing but weights; before any are there."""
@@ -112,6 +116,9 @@ class CpuDevice:
 
     def tensor(self, region: Region) -> Tensor:
         return torch.frombuffer(region.buffer, dtype=torch.uint8)
+
+    def migrating(self, region: Region) -> Region | DeviceRegion:
+        return region
 
     def use_for_weights(self, region: Region, nbytes: int) -> None:
         if region.fd is not None:

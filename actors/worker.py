@@ -135,6 +135,7 @@ class Worker:
         self._outbox: Outbox
         self._source: KVSource | None = None
         self._sink: KVSink | None = None
+        self._migrating = self._device.migrating(self._region)
         self._thread = threading.Thread(target=self._run, name="polymux-engine", daemon=True)
         self._stopping = threading.Event()
         self._beat_s = self._engine.clock()
@@ -158,7 +159,7 @@ class Worker:
         self._outbox = Outbox(peer, self._server.send)
         self._source = self._make_source(hello.host_id)
         self._sink = KVSink(
-            region=self._region,
+            region=self._migrating,
             followers=self._ranks.regions if self._ranks is not None else (),
             identity=peer,
             token=self.settings.token,
@@ -178,7 +179,7 @@ class Worker:
 
         source = KVSource(
             server=self._server,
-            region=self._region,
+            region=self._migrating,
             followers=self._ranks.regions if self._ranks is not None else (),
             host_id=host_id,
             on_order=order,
@@ -223,6 +224,8 @@ class Worker:
             if end is not None:
                 end.close()
         self._server.close()
+        if self._migrating is not self._region:
+            self._migrating.close()
         self._save_costs(0.0)
         if not self._thread.is_alive() and has_copied:
             if self._tier is not None:

@@ -115,7 +115,8 @@ class KVSource:
 
         Every (layer, block) is pushed exactly once, so a block only once it is full, or when the last chunk has filled it as far as it
         goes: after a chunk that ends at token t push blocks [pushed so far, t // block_size), after the last chunk also the partial one.
-        On a device they are final only after `ready`: an event that is recorded already, and no later than that of the next push.
+        On a GPU they are final only after `ready`: an event that is recorded already, and no later than that of the next push. Without
+        one it is taken here, on the calling thread's current stream.
         No ids: nothing happens. False when the order has ended meanwhile (ignored). Raises GrantViolation for layers or blocks
         outside the order, out of the region, or pushed before.
         """
@@ -124,6 +125,7 @@ class KVSource:
             if order is None:
                 return False
             if len(src_block_ids):
+                ready = self._region.mark() if ready is None else ready
                 order.push(layer_lo, layer_hi, src_block_ids, first_block, self._region.nbytes)
                 self._edges[ref.edge].push(order, layer_lo, layer_hi, src_block_ids, first_block, ready)
             return True

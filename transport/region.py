@@ -72,6 +72,9 @@ class Region:
         """What a peer needs to know to choose how to reach it: this is host memory."""
         return DeviceTerms()
 
+    def mark(self) -> None:
+        """What is pushed from host memory is final."""
+
     def grids(self, followers: Sequence[Region] = ()) -> Grids[BlockGrid]:
         """`followers`: the regions of an instance's other ranks."""
         return grids_over([self.buffer, *(follower.buffer for follower in followers)])

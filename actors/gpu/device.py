@@ -21,6 +21,7 @@ from polymux.actors.copier import MAX_PIECE_BYTES
 from polymux.actors.gpu.pinned import PinnedMaps
 from polymux.actors.gpu.runtime import Event, Runtime, Stream, TorchRuntime
 from polymux.actors.gpu.target import ImageTarget
+from polymux.transport.cuda.region import DeviceRegion as MigratingRegion
 from polymux.transport.region import Region
 from polymux.transport.units import MIB
 
@@ -88,6 +89,9 @@ class CudaDevice:
     def tensor(self, region: Region) -> Tensor:
         assert isinstance(region, DeviceRegion)
         return region.memory
+
+    def migrating(self, region: Region) -> Region | MigratingRegion:
+        return MigratingRegion.over(self.tensor(region))
 
     def use_for_weights(self, region: Region, nbytes: int) -> None:
         return

@@ -19,6 +19,7 @@ from polymux.actors.device import Device, Download, Mark
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.weights.load import Fetch, Load, Target
 from polymux.actors.weights.loader import Loader
+from polymux.transport.cuda.region import DeviceRegion
 from polymux.transport.image_maps import ImageMaps
 from polymux.transport.messages import ModelSpec
 from polymux.transport.region import Region
@@ -51,6 +52,9 @@ class RankDevice:
 
     def tensor(self, region: Region) -> Tensor:
         return self._inner.tensor(region)
+
+    def migrating(self, region: Region) -> Region | DeviceRegion:
+        return self._inner.migrating(region)
 
     def use_for_weights(self, region: Region, nbytes: int) -> None:
         self._inner.use_for_weights(region, nbytes)

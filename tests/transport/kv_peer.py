@@ -105,14 +105,17 @@ def write(region: Any, layout: KVLayout, block_ids: list[int], layers: range, ce
 
     from polymux.transport.cuda.region import DeviceGrid
 
-    rows = DeviceGrid(region.tensor, layout).rows
+    rows = words_of(DeviceGrid(region.tensor, layout))
     words = torch.from_numpy(np.broadcast_to(cells, (len(block_ids), len(layers), rows.shape[2])).astype(np.int64))
     rows[torch.tensor(block_ids, device=rows.device), layers.start : layers.stop] = words.to(rows.device)
-    if region.device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+    return region.mark()
+
+
+def words_of(grid: Any) -> Any:
+    """[block, layer, 64-bit word]"""
+    import torch
+
+    return grid.kv.view(-1).view(torch.int64).view(grid.num_blocks, grid.layout.num_layers, -1)
 
 
 def read(region: Any, layout: KVLayout, block_ids: list[int]) -> Any:
@@ -122,7 +125,7 @@ def read(region: Any, layout: KVLayout, block_ids: list[int]) -> Any:
 
     from polymux.transport.cuda.region import DeviceGrid
 
-    rows = DeviceGrid(region.tensor, layout).rows
+    rows = words_of(DeviceGrid(region.tensor, layout))
     return rows[torch.tensor(block_ids, device=rows.device)].cpu().numpy().astype(np.uint64)
 
 

@@ -42,7 +42,7 @@ def library() -> str:
 
 def region(nbytes: int, nccl_path: str | None = None) -> DeviceRegion:
     path = library()
-    return DeviceRegion(CudaRuntime.load(path), 0, nbytes, torch.device("cpu"), nccl_path or path)
+    return DeviceRegion.allocate(CudaRuntime.load(path), 0, nbytes, torch.device("cpu"), nccl_path or path)
 
 
 def turn(**knobs: int) -> None:

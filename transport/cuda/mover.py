@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 _NUM_SLABS = 6
 _SHORTEST_S, _LONGEST_S = 20e-6, 500e-6  # pauses between turns in which nothing moved
-_STUCK_S = 10.0  # no call takes so long that returns
+_STUCK_S = 30.0  # no call takes so long that returns, nor the compiling of a kernel that is used for the first time
 _WATCH_S = 1.0
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from polymux.transport.cuda.runtime import CudaRuntime
 from polymux.transport.errors import ConfigError
-from polymux.transport.messages import KVLayout
+from polymux.transport.kv_backend import DeviceEvent
+from polymux.transport.messages import ITEM_BYTES, KVLayout
 from polymux.transport.protocol import DeviceTerms
 from polymux.transport.region import Grids, Region, check_ids
 
@@ -31,30 +32,50 @@ def as_tensor(address: int, nbytes: int, device: torch.device) -> Tensor:
 
 
 class DeviceRegion:
-    """`nbytes` of memory on one GPU, which torch sees as `tensor` (uint8). Its contents are undefined at first.
+    """Memory on one GPU, which torch sees as `tensor` (uint8), and what makes it one end of KV migration.
 
-    `mover` is the thread that makes all transfers of this GPU, begun when it is first asked for. The region outlives its views.
+    It is an allocation of its own, or a handle would expose more than it. `mover` is the thread that makes all transfers of this
+    GPU, begun when it is first asked for. The region outlives its views.
     """
 
-    def __init__(self, runtime: CudaRuntime, index: int, nbytes: int, device: torch.device, nccl_path: str | None = None) -> None:
-        if nbytes <= 0:
-            raise ConfigError(f"a region of {nbytes} bytes cannot hold anything; give it at least one KV block")
+    def __init__(self, runtime: CudaRuntime, index: int, tensor: Tensor, *, is_owned: bool, nccl_path: str | None = None) -> None:
         self.runtime = runtime
         self.index = index
-        self.nbytes = nbytes
-        self.device = device
+        self.tensor = tensor
+        self.nbytes = tensor.nbytes
+        self.address = tensor.data_ptr()
+        self.device = tensor.device
         self.uuid = runtime.uuid(index)
-        runtime.set_device(index)
-        self.address = runtime.malloc(nbytes)
-        self.tensor = as_tensor(self.address, nbytes, device)
+        self._is_owned = is_owned
         self._nccl_path = nccl_path
         self._mover: Mover | None = None
         self._rings: Rings | None = None
 
     @classmethod
     def create(cls, nbytes: int, index: int = 0) -> DeviceRegion:
-        """On the GPU that is number `index` in this process. Raises OSError without CUDA, CudaError without so much memory."""
-        return cls(CudaRuntime.load(), index, nbytes, torch.device("cuda", index))
+        """New memory on GPU number `index` of this process, contents undefined. Raises OSError without CUDA, CudaError without room."""
+        return cls.allocate(CudaRuntime.load(), index, nbytes, torch.device("cuda", index))
+
+    @classmethod
+    def allocate(cls, runtime: CudaRuntime, index: int, nbytes: int, device: torch.device, nccl_path: str | None = None) -> DeviceRegion:
+        """`device` is how torch sees it."""
+        if nbytes <= 0:
+            raise ConfigError(f"a region of {nbytes} bytes cannot hold anything; give it at least one KV block")
+        runtime.set_device(index)
+        return cls(runtime, index, as_tensor(runtime.malloc(nbytes), nbytes, device), is_owned=True, nccl_path=nccl_path)
+
+    @classmethod
+    def over(cls, tensor: Tensor) -> DeviceRegion:
+        """Memory that somebody else took, from the first byte to the last of one allocation, and gives back after `close`."""
+        return cls(CudaRuntime.load(), tensor.device.index or 0, tensor, is_owned=False)
+
+    def mark(self) -> DeviceEvent | None:
+        """All that the calling thread has given this GPU to do until now. None where the device is a stand-in of host memory."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def grids(self, followers: Sequence[Region] = ()) -> Grids[DeviceGrid]:
         """Raises ConfigError for an instance of several ranks: their memories are on as many GPUs."""
@@ -92,24 +113,22 @@ class DeviceRegion:
         if self._rings is not None:
             self._rings.close()
             self._rings = None
-        if self.address and is_quiet:
-            self.tensor = torch.empty(0, dtype=torch.uint8)
+        address, self.address = self.address, 0
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        if address and is_quiet and self._is_owned:
             self.runtime.set_device(self.index)
-            self.runtime.free(self.address)
-            self.address = 0
+            self.runtime.free(address)
 
 
 class DeviceGrid:
-    """The blocks of one layout over device memory: `rows[block, layer]` is one contiguous row of the widest integers that fit."""
+    """The blocks of one layout over device memory: `kv[block, layer, k|v, kv_head, slot, head_dim]`, as integers of the items' size."""
 
     def __init__(self, memory: Tensor, layout: KVLayout) -> None:
         self.layout = layout
         self.num_blocks = memory.nbytes // layout.block_bytes
-        self.address = memory.data_ptr()
-        self.memory = memory[: self.num_blocks * layout.block_bytes]
-        item = next(n for n in (8, 4, 2, 1) if layout.layer_bytes % n == 0)
-        dtype = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[item]
-        self.rows = self.memory.view(dtype).view(self.num_blocks, layout.num_layers, layout.layer_bytes // item)
+        item = {4: torch.int32, 2: torch.int16}[ITEM_BYTES[layout.dtype]]
+        shape = (self.num_blocks, layout.num_layers, 2, layout.rank_kv_heads, layout.block_size, layout.head_dim)
+        self.kv = memory[: self.num_blocks * layout.block_bytes].view(item).view(shape)
 
     def check(self, block_ids: Sequence[int]) -> None:
         """Raise GrantViolation unless every id is a block of this grid."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from polymux.kernels.choice import implementation
 from polymux.transport.cuda.region import DeviceGrid, DeviceRegion, as_tensor
 from polymux.transport.errors import CudaError, OutOfMemory
 from polymux.transport.protocol import MAX_MOVE_BLOCKS, MAX_MOVE_BYTES
@@ -21,6 +22,7 @@ from polymux.transport.units import MIB
 
 PER_EDGE = 2  # while one is on the wire the other is filled; no edge may have more, for a dead peer keeps its own until the abort
 _WORD_BYTES = 8
+_ALL_HEADS = slice(None)
 
 
 class Lane:
@@ -61,12 +63,14 @@ class Slab:
 
     def gather(self, grid: DeviceGrid, block_ids: Sequence[int], layers: range) -> None:
         """Blocks' layers, end to end, to the start of the slab. On the present lane."""
-        ids = self._upload(block_ids, 0)
-        torch.index_select(grid.rows[:, layers.start : layers.stop], 0, ids, out=self._rows(grid, len(block_ids), layers))
+        gather_blocks = implementation("gather_blocks", grid.kv.device)
+        some = slice(layers.start, layers.stop)
+        gather_blocks(grid.kv, self._upload(block_ids, 0), self._part(grid, len(block_ids), layers), some, _ALL_HEADS)
 
     def scatter(self, grid: DeviceGrid, block_ids: Sequence[int], layers: range) -> None:
-        ids = self._upload(block_ids, MAX_MOVE_BLOCKS)
-        grid.rows[:, layers.start : layers.stop].index_copy_(0, ids, self._rows(grid, len(block_ids), layers))
+        scatter_blocks = implementation("scatter_blocks", grid.kv.device)
+        some = slice(layers.start, layers.stop)
+        scatter_blocks(grid.kv, self._upload(block_ids, MAX_MOVE_BLOCKS), self._part(grid, len(block_ids), layers), some, _ALL_HEADS)
 
     def download(self, nbytes: int) -> None:
         """Begin to bring the first bytes to the host, for `checksum`."""
@@ -80,10 +84,9 @@ class Slab:
         """Of what was downloaded, once that is done."""
         return zlib.crc32((ctypes.c_char * nbytes).from_address(self._sample_address)) if nbytes else 0
 
-    def _rows(self, grid: DeviceGrid, count: int, layers: range) -> Tensor:
-        words = grid.rows.shape[2]
+    def _part(self, grid: DeviceGrid, count: int, layers: range) -> Tensor:
         nbytes = count * len(layers) * grid.layout.layer_bytes
-        return self.memory[:nbytes].view(grid.rows.dtype).view(count, len(layers), words)
+        return self.memory[:nbytes].view(grid.kv.dtype).view(count, len(layers), *grid.kv.shape[2:])
 
     def _upload(self, block_ids: Sequence[int], at: int) -> Tensor:
         end = at + len(block_ids)
