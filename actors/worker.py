@@ -374,6 +374,7 @@ class Worker:
             num_blocks_out=seen.num_blocks_out,
             cached_prefixes=seen.cached_prefixes,
             last_step_age_s=None if is_idle else age_s,
+            edges=self._sink.edges() if self._sink is not None else (),
             counters=self._meter.counters(self._sink.snapshot() if self._sink is not None else ()),  # one side counts a transfer
         )
 

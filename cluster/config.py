@@ -168,7 +168,10 @@ class CostsConfig(Section):
 
 
 class TransportConfig(Section):
-    backend: Literal["auto", "local", "shm", "tcp"] = Field(default="auto", description="how KV moves; auto: shm on one host, else tcp")
+    backend: Literal["auto", "local", "cuda_ipc", "nccl", "shm", "tcp"] = Field(
+        default="auto",
+        description="how KV moves; auto: between GPUs cuda_ipc on one host, else nccl; in host memory shm on one host, else tcp",
+    )
     listen_host: str | None = Field(default=None, description="address that workers listen on; unset takes loopback, for one host")
     transfer_timeout_s: Seconds = Field(default=10.0, description="shortest deadline of one KV transfer")
 

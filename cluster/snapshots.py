@@ -82,6 +82,7 @@ def _worker(book: WorkerBook, pool: Pool, now_s: float) -> WorkerStatus:
         num_blocks_out=report.num_blocks_out if report else 0,
         report_age_s=now_s - book.reported_at_s if report else None,
         step_age_s=book.step_age_s(now_s),
+        edges=report.edges if report else (),
         counters=dict(counters_of(book)),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from polymux.transport.messages import ModelLoad, Role
+from polymux.transport.messages import EdgeReport, ModelLoad, Role
 from polymux.transport.units import Epoch, ModelName, WorkerId
 
 
@@ -42,6 +42,7 @@ class WorkerStatus:
     num_blocks_out: int
     report_age_s: float | None  # None: not yet reported
     step_age_s: float | None  # None: idle
+    edges: tuple[EdgeReport, ...]  # how KV comes to it, from whom, and why that way
     counters: dict[str, float]
 
 

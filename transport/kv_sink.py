@@ -20,7 +20,7 @@ from polymux.transport.kv_local import open_local
 from polymux.transport.kv_shm import open_shm
 from polymux.transport.kv_tcp import TcpReceiver
 from polymux.transport.kv_types import EdgeHistory, EdgeStats, KVEvent, KVSettings
-from polymux.transport.messages import Peer
+from polymux.transport.messages import EdgeReport, Peer
 from polymux.transport.protocol import EdgeOffer, EdgeTerms, JoinComm, JoinEdge, PeerKind
 from polymux.transport.reactor import Reactor, all_set
 from polymux.transport.region import Region
@@ -113,6 +113,13 @@ class KVSink:
     def snapshot(self) -> tuple[EdgeStats, ...]:
         with self._context.lock:
             return self._history.with_live(edge.stats() for edge in self._edges.values())
+
+    def edges(self) -> tuple[EdgeReport, ...]:
+        """Those that are open now, by peer."""
+        with self._context.lock:
+            live = [edge for edge in self._edges.values() if edge.is_open]
+        reports = (EdgeReport(peer=edge.peer.worker_id, backend=edge.backend, reason=edge.reason) for edge in live)
+        return tuple(sorted(reports, key=lambda edge: edge.peer))
 
     def check(self) -> None:
         """Assert that the books agree with each other."""

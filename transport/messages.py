@@ -296,6 +296,15 @@ class ModelLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeReport:
+    """One open edge of a decode worker: how KV comes from that prefill worker, and why that way."""
+
+    peer: WorkerId
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
     """What a worker tells the controller: once a second, and at once when something it was asked for changed."""
 
@@ -313,6 +322,7 @@ class WorkerReport:
     prefills: tuple[ModelLoad, ...] = ()  # as prefill worker: the prompts that were ordered here
     num_used_kv_bytes: int = 0  # of the arena, in blocks that are held
     cached_prefixes: PackedIds = NO_IDS  # marks (`prefix.mark`) of the cached blocks used last, at most MAX_CACHED_MARKS
+    edges: tuple[EdgeReport, ...] = ()  # as decode worker, by peer
 
 
 class SpanKind(enum.StrEnum):

@@ -52,6 +52,7 @@ _TAGS: dict[int, type] = {
     23: messages.Span,
     24: messages.LookBack,
     25: messages.WorkerTimeline,
+    26: messages.EdgeReport,
     26: messages.Shard,
     27: messages.RankShape,
     64: protocol.Hello,

@@ -6,7 +6,6 @@ import gc
 import importlib.util
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,19 +13,9 @@ from typing import Any
 
 import pytest
 import stand_in
-from backends import GPU_BACKENDS, HOST_BACKENDS, config_of
+from backends import GPU_BACKENDS, HOST_BACKENDS, config_of, eventually
 
 KV_PEER = Path(__file__).with_name("kv_peer.py")
-
-
-def eventually(claim: Callable[[], bool], within_s: float = 5.0) -> bool:
-    """Whether the claim comes true in time."""
-    until_s = time.monotonic() + within_s
-    while not claim():
-        if time.monotonic() > until_s:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def num_fds() -> int:
