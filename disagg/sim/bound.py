@@ -1,16 +1,17 @@
 """What no scheduler could exceed, by relaxation: requests on time if switches, placement and the order of steps were free.
 
 Each request needs at least some of a device's time: its own tokens' share of every step, the step's fixed part divided by all requests of
-its model that could be in the same batch, since they are there in the same time. Within any stretch of time, the requests that come and
-are due in it cannot take more than all devices have; the fewest that must be late are the ones that need most. A request that would be
-late alone on an idle device, its model loaded, is late in any case.
+its model that could be in the same batch: for each token those that have come before it is due, and are not all due before it can be made.
+Within any stretch of time, the requests that come and are due in it cannot take more than all devices have; the fewest that must be late
+are the ones that need most. A request that would be late alone on an idle device, its model loaded, is late in any case.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from polymux.disagg.sim.costs import MS, CostModel
 from polymux.disagg.sim.outcome import Targets
@@ -70,17 +71,14 @@ def _least_step_us(request: SimRequest, costs: CostModel, num_sharing: int, long
 
 def _needs(requests: Sequence[SimRequest], costs: CostModel, targets: Targets, longest: int) -> list[_Need]:
     """Each request's part of the steps that it is in, when as many share them as ever could."""
-    windows: dict[str, list[tuple[int, int]]] = {}
+    by_model: dict[str, list[SimRequest]] = {}
     for request in requests:
-        windows.setdefault(request.model, []).append(_window(request, targets))
-    sorted_starts = {model: sorted(start for start, _ in spans) for model, spans in windows.items()}
-    sorted_ends = {model: sorted(end for _, end in spans) for model, spans in windows.items()}
+        by_model.setdefault(request.model, []).append(request)
     needs = []
     for request in requests:
         start_us, end_us = _window(request, targets)
-        came = bisect_right(sorted_starts[request.model], end_us)
-        gone = bisect_left(sorted_ends[request.model], start_us)
-        needs.append(_Need(start_us, end_us, _work_us(request, costs, max(1, came - gone), longest)))
+        sharing = _sharing(request, by_model[request.model], costs, targets, longest)
+        needs.append(_Need(start_us, end_us, _work_us(request, costs, sharing, longest)))
     return needs
 
 
@@ -88,12 +86,27 @@ def _window(request: SimRequest, targets: Targets) -> tuple[int, int]:
     return request.arrival_us, request.arrival_us + targets.due_us(request.output_len - 1)
 
 
-def _work_us(request: SimRequest, costs: CostModel, num_sharing: int, longest: int) -> float:
-    """The least time its tokens can take: what one more sequence adds to a step, rounded down, and its share of an empty step."""
+def _sharing(request: SimRequest, others: Sequence[SimRequest], costs: CostModel, targets: Targets, longest: int) -> list[int]:
+    """For each of its tokens, how many requests of its model could take the same step, itself among them."""
+    step_us = max(1, _least_step_us(request, costs, len(others), longest))
+    num_tokens = request.output_len
+    changes = [0] * (num_tokens + 1)
+    for other in others:
+        came_us, due_us = _window(other, targets)
+        first = max(0, -(-(came_us - request.arrival_us - targets.ttft_us) // targets.tpot_us))  # token due after it has come
+        last = min(num_tokens - 1, (due_us - request.arrival_us) // step_us)  # token that could be made while it is not due
+        if first <= last:
+            changes[first] += 1
+            changes[last + 1] -= 1
+    return [max(1, count) for count in accumulate(changes[:-1])]
+
+
+def _work_us(request: SimRequest, costs: CostModel, sharing: Sequence[int], longest: int) -> float:
+    """The least time its tokens can take: what one more sequence adds to a step, rounded down, and its share of empty steps."""
     empty_us = costs.prefill_us(request.kind, [0])
     own_us = max(0, costs.prefill_us(request.kind, [request.input_len]) - empty_us - MS)
-    base_us = _least_step_us(request, costs, num_sharing, longest)
-    return own_us + (empty_us + (request.output_len - 1) * base_us) / num_sharing
+    base_us = _least_step_us(request, costs, max(sharing), longest)
+    return own_us + empty_us / sharing[0] + base_us * sum(1 / count for count in sharing[1:])
 
 
 def _grid(values: Sequence[int]) -> list[int]:

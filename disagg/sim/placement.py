@@ -103,8 +103,8 @@ class Placement:
         work.kv_tokens += num_tokens
         book.view = None
 
-    def ended(self, request: SimRequest, number: int, num_tokens: int) -> None:
-        """Of its worker, with so many tokens."""
+    def ended(self, request: SimRequest, number: int, num_tokens: int | None) -> None:
+        """On its worker, with so many tokens; None: it failed."""
         book = self._books[number]
         model, promised = book.promised.pop(request.request_id)
         work = book.work[model]
@@ -113,7 +113,8 @@ class Placement:
         if not work.num_seqs:
             del book.work[model]
         book.view = None
-        self._output_len[model] += OUTPUT_SMOOTHING * (num_tokens - self._output_len[model])
+        if num_tokens is not None:
+            self._output_len[model] += OUTPUT_SMOOTHING * (num_tokens - self._output_len[model])
 
     def _view(self, number: int, now_us: int) -> DecodeWorkerView:
         book, resident = self._books[number], self._resident(number, now_us)

@@ -13,6 +13,7 @@ from typing import Protocol
 from polymux.disagg.eviction import EvictionPlan, Popularity, cost_s, plan_room
 from polymux.disagg.sim.costs import SECOND, CostModel
 from polymux.disagg.views import ArenaView, ResidentView
+from polymux.transport.errors import ConfigError
 from polymux.transport.units import ModelName
 
 
@@ -38,6 +39,9 @@ class Switcher(Protocol):
 
     def can_prefetch(self, named: ModelName | None, models: Collection[ModelName]) -> bool:
         """Whether any two of these models fit beside each other, and what was `named` for prefetch last is there or on its way."""
+
+    def copied_us(self, copy_us: int, now_us: int) -> int:
+        """How long KV takes to come in that takes so long alone."""
 
     def computed(self, step_us: int) -> None:
         """The active model has computed so long."""
@@ -78,13 +82,16 @@ class ArtifactSwitcher:
     def can_prefetch(self, named: ModelName | None, models: Collection[ModelName]) -> bool:
         return True
 
+    def copied_us(self, copy_us: int, now_us: int) -> int:
+        return copy_us
+
     def computed(self, step_us: int) -> None:
         self._computed_us += step_us
 
 
 @dataclass(slots=True)
 class Link:
-    """From host memory to one device, or to several that share it: loads cross it one after another."""
+    """From host memory to one device, or to several that share it: weights and KV cross it one after another."""
 
     free_at_us: int = 0
 
@@ -124,11 +131,13 @@ class _Resident:
 class PhysicalSwitcher:
     """Models lie in an arena while there is room, as `disagg/eviction.py` has it; a load finishes when its last byte has crossed the link.
 
-    `end` says where weights must end at present. What moves to make room is copied at the link's speed, before the switch is done.
+    `reserve_bytes` are always there for weights; `end` says how far they may reach at present. What moves to make room is copied at the
+    link's speed, before the switch is done.
     """
 
     costs: CostModel
     kinds: Mapping[ModelName, str]
+    reserve_bytes: int
     end: Callable[[], int]
     link: Link = field(default_factory=Link)
     reported: Reported = field(default_factory=Reported)
@@ -161,7 +170,8 @@ class PhysicalSwitcher:
             return moved_us
         if model not in self._residents:
             plan = self._plan(model, now_us, wanted, may_evict_busy=False) or self._plan(model, now_us, wanted, may_evict_busy=True)
-            assert plan is not None, "a worker's reserve holds any one model"
+            if plan is None:
+                raise ConfigError(f"{model} has {self._nbytes(model)} bytes of weights, and a device keeps {self.reserve_bytes} for them")
             moved_us += self._begin(model, plan, now_us, self.costs.load_us(self.kinds[model]))
         resident = self._residents[model]
         left_us = min(max(0, resident.ready_us - now_us), max(0, self.link.free_at_us - now_us))
@@ -188,8 +198,15 @@ class PhysicalSwitcher:
     def can_prefetch(self, named: ModelName | None, models: Collection[ModelName]) -> bool:
         if named is not None and named not in self._residents:
             return False
-        sizes = sorted((self.costs.weight_bytes(self.kinds[model]) for model in models), reverse=True)
-        return sum(sizes[:2]) <= self.end()
+        sizes = sorted((self._nbytes(model) for model in models), reverse=True)
+        return sum(sizes[:2]) <= self.reserve_bytes
+
+    def copied_us(self, copy_us: int, now_us: int) -> int:
+        """Behind the weights that are on their way."""
+        if not copy_us:
+            return 0
+        self.link.free_at_us = max(self.link.free_at_us, now_us) + copy_us
+        return self.link.free_at_us - now_us
 
     def computed(self, step_us: int) -> None:
         """Loads run beside compute at their own speed."""
@@ -200,9 +217,8 @@ class PhysicalSwitcher:
             self._evict(victim, now_us)
         moved_us = self._move(plan)
         self.link.free_at_us = max(self.link.free_at_us, now_us) + load_us
-        nbytes = self.costs.weight_bytes(self.kinds[model])
         self.reported.changes(now_us, self._resident)
-        self._residents[model] = _Resident(plan.offset, nbytes, now_us, self.link.free_at_us, now_us)
+        self._residents[model] = _Resident(plan.offset, self._nbytes(model), now_us, self.link.free_at_us, now_us)
         self._resident = frozenset(self._residents)
         return moved_us
 
@@ -236,7 +252,7 @@ class PhysicalSwitcher:
 
     def _plan(self, model: ModelName, now_us: int, wanted: Collection[ModelName], *, may_evict_busy: bool) -> EvictionPlan | None:
         view = self._view(now_us, wanted, may_evict_busy=may_evict_busy)
-        return plan_room(view, self.costs.weight_bytes(self.kinds[model]), move_bytes_per_s=self._bytes_per_s(model))
+        return plan_room(view, self._nbytes(model), move_bytes_per_s=self._bytes_per_s(model))
 
     def _view(self, now_us: int, wanted: Collection[ModelName], *, may_evict_busy: bool) -> ArenaView:
         order = sorted(self._residents, key=lambda model: (self._residents[model].used_us, model))
@@ -258,6 +274,8 @@ class PhysicalSwitcher:
             found.append(view)
         return ArenaView(start=0, end=self.end(), residents=tuple(found))
 
+    def _nbytes(self, model: ModelName) -> int:
+        return self.costs.weight_bytes(self.kinds[model])
+
     def _bytes_per_s(self, model: ModelName) -> float:
-        kind = self.kinds[model]
-        return self.costs.weight_bytes(kind) * SECOND / self.costs.load_us(kind)
+        return self._nbytes(model) * SECOND / self.costs.load_us(self.kinds[model])

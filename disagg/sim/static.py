@@ -49,6 +49,9 @@ class AlwaysThere:
     def can_prefetch(self, named: ModelName | None, models: Collection[ModelName]) -> bool:
         return True
 
+    def copied_us(self, copy_us: int, now_us: int) -> int:
+        return copy_us
+
     def computed(self, step_us: int) -> None: ...
 
 

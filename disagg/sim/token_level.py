@@ -93,7 +93,7 @@ class TokenLevel(Simulation[SimWorker]):
         if kv is None:
             return ArtifactSwitcher(self._costs, self._kinds)
         reported, overhead_us = Reported(self._overheads.report_us), self._overheads.switch_us
-        return PhysicalSwitcher(self._costs, self._kinds, lambda: kv.weights_end, link, reported, overhead_us)
+        return PhysicalSwitcher(self._costs, self._kinds, kv.reserve_bytes, lambda: kv.weights_end, link, reported, overhead_us)
 
     def _begin(self, requests: Sequence[SimRequest]) -> None:
         self._kinds |= {ModelName(request.model): request.kind for request in requests}
@@ -122,7 +122,7 @@ class TokenLevel(Simulation[SimWorker]):
 
     def _left(self, one: Progress, worker: SimWorker) -> None:
         """It was placed there, and has ended."""
-        self._placement.ended(one.request, worker.number, one.num_tokens)
+        self._placement.ended(one.request, worker.number, one.num_tokens if one.is_done else None)
 
     # -- turns --------------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,8 @@ class TokenLevel(Simulation[SimWorker]):
             if turn is None:
                 return
             work = worker.work[turn.model]
-            took_us = self._switch_us(worker, turn, work, now_us) + worker.owed_us
+            took_us = self._switch_us(worker, turn, work, now_us)
+            took_us += worker.weights.copied_us(worker.owed_us, now_us + took_us)
             worker.owed_us = 0
             again_us = None
             if turn.prefetch is not None:

@@ -53,7 +53,7 @@ def test_the_published_switcher_knows_one_model_and_hides_its_load_behind_the_la
 
 def test_a_physical_load_begins_when_it_is_asked_for_and_one_follows_another() -> None:
     costs = physical_costs("h100")
-    switcher = PhysicalSwitcher(costs, KINDS, lambda: 40 * GIB)
+    switcher = PhysicalSwitcher(costs, KINDS, 40 * GIB, lambda: 40 * GIB)
     load_us = costs.load_us(QWEN)
     assert switcher.switch(A, 0, ()) == load_us
     assert switcher.prefetch(B, 100, ()) == load_us  # the link is busy until then
@@ -65,15 +65,15 @@ def test_a_physical_load_begins_when_it_is_asked_for_and_one_follows_another() -
 
 def test_devices_that_share_a_link_load_one_after_another() -> None:
     costs, link = physical_costs("h100"), Link()
-    first, second = (PhysicalSwitcher(costs, KINDS, lambda: 40 * GIB, link) for _ in range(2))
+    first, second = (PhysicalSwitcher(costs, KINDS, 40 * GIB, lambda: 40 * GIB, link) for _ in range(2))
     load_us = costs.load_us(QWEN)
     assert (first.switch(A, 0, ()), second.switch(A, 0, ())) == (load_us, 2 * load_us)
-    assert PhysicalSwitcher(costs, KINDS, lambda: 40 * GIB).switch(A, 0, ()) == load_us
+    assert PhysicalSwitcher(costs, KINDS, 40 * GIB, lambda: 40 * GIB).switch(A, 0, ()) == load_us
 
 
 def test_a_prefetch_takes_nobodys_room_who_has_work() -> None:
     costs = physical_costs("h100")
-    switcher = PhysicalSwitcher(costs, KINDS, lambda: 30 * GIB)
+    switcher = PhysicalSwitcher(costs, KINDS, 30 * GIB, lambda: 30 * GIB)
     switcher.switch(A, 0, ())
     switcher.switch(B, 2 * SECOND, (A,))
     assert not switcher.can_prefetch(C, (A, B, C))
