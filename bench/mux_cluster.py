@@ -18,9 +18,11 @@ from typing import Any
 from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
 from polymux.cluster.config import ClusterConfig
+from polymux.cluster.devices import Seat, Seating, choose
+from polymux.cluster.processes import WorkerPlace
 from polymux.cluster.supervisor import Supervisor
 from polymux.transport.errors import WorkerLost
-from polymux.transport.messages import ModelSpec, Peer, Role, WorkerHello
+from polymux.transport.messages import ModelSpec, Peer, WorkerHello
 from polymux.transport.units import Epoch, ModelName, WorkerId
 
 STOP_S = 10.0
@@ -136,6 +138,10 @@ class ProcessLauncher:
         self._make = make
         self.handles: list[ProcessHandle] = []
 
+    async def seat(self, config: ClusterConfig, places: Sequence[WorkerPlace]) -> Seating:
+        """All on the CPU."""
+        return Seating(devices=choose(config, ()), seats={place.worker_id: Seat() for place in places})
+
     async def start_stores(self, *_: Any) -> None:
         return None
 
@@ -145,7 +151,7 @@ class ProcessLauncher:
     async def forget(self, model: ModelName) -> None:
         return None
 
-    async def launch(self, role: Role, config: ClusterConfig) -> ProcessHandle:
+    async def launch(self, place: WorkerPlace, config: ClusterConfig) -> ProcessHandle:
         handle = ProcessHandle(self._make)
         self.handles.append(handle)
         return handle
