@@ -275,6 +275,8 @@ class Worker:
         for end in (self._sink, self._source, self._server):
             assert end is not None
             end.close()
+        for event in self._mailbox.drain():  # what the ends had still to say: every block is free again
+            self._guarded(event)
 
     def _rest(self) -> bool:
         """Wait for what comes. True when something did; a stop whose wake-up was drained with the rest counts."""
@@ -357,7 +359,7 @@ class Worker:
         if has_started and not self._thread.is_alive() and not self._stopping.is_set():
             raise WorkerLost(f"the engine thread of worker {self.settings.worker_id} has ended; its log says why")
         self._save_costs(SAVE_S)
-        seen = self._published
+        seen, ranks = self._published, self.settings.num_ranks
         age_s = self._engine.clock() - self._beat_s
         is_idle = seen.num_open == 0 and age_s < 2 * self.settings.probe_interval_s
         return WorkerReport(
@@ -367,9 +369,9 @@ class Worker:
             loads=seen.loads,
             prefills=seen.prefills,
             costs=self._meter.costs(),
-            switch_bytes_per_s=self._meter.switch_bytes_per_s,
-            num_free_kv_bytes=seen.num_free_kv_bytes,
-            num_used_kv_bytes=seen.num_used_kv_bytes,
+            switch_bytes_per_s=ranks * self._meter.switch_bytes_per_s,
+            num_free_kv_bytes=ranks * seen.num_free_kv_bytes,
+            num_used_kv_bytes=ranks * seen.num_used_kv_bytes,
             num_free_host_bytes=seen.num_free_host_bytes,
             num_blocks_out=seen.num_blocks_out,
             cached_prefixes=seen.cached_prefixes,
@@ -413,7 +415,7 @@ class Worker:
             address=self.address,
             host_id=this_host(),
             pid=os.getpid(),
-            arena_bytes=self.settings.arena_bytes,
+            arena_bytes=self.settings.num_ranks * self.settings.arena_bytes,
             num_threads=self.settings.num_threads,
             num_ranks=self.settings.num_ranks,
         )

@@ -43,7 +43,7 @@ def create_controller(config: ClusterConfig) -> Any:
     )
 
 
-def start_local_ray(num_workers: int, temp_dir: str) -> None:
+def start_local_ray(num_ranks: int, temp_dir: str) -> None:
     """A Ray of our own on this host, which ends with this process. Never joins one that runs here already.
 
     Ray's sockets lie below `temp_dir`, and a unix socket's path holds 107 bytes: keep it under 20. It is the caller's to remove.
@@ -51,7 +51,7 @@ def start_local_ray(num_workers: int, temp_dir: str) -> None:
     """
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, num_workers + 2),
+        num_cpus=max(os.cpu_count() or 1, num_ranks + 2),
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=128 * MIB,

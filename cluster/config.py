@@ -24,6 +24,7 @@ from polymux.disagg.prefill import PrefillPolicy, prefill_policy
 from polymux.disagg.slo import CLASSES
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import ConfigError
+from polymux.transport.head_slices import MAX_RANKS
 from polymux.transport.messages import Role
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -51,9 +52,12 @@ class ModelConfig(Section):
 
 class PoolConfig(Section):
     workers: int = Field(default=1, ge=1, le=4096, description="number of workers")
-    num_threads: AutoCount = Field(default=None, description="compute threads of one worker; auto divides the host's cores")
-    arena_bytes: AutoBytes = Field(default=None, description="memory of one worker, weights and KV, such as 64MiB; auto fits its models")
-    num_cpus: float | None = Field(default=None, ge=0, description="CPUs that Ray reserves for one worker; unset takes num_threads")
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=MAX_RANKS, description="ranks of one worker: processes that share every model and its KV; on CPUs only"
+    )
+    num_threads: AutoCount = Field(default=None, description="compute threads of one rank; auto divides the host's cores")
+    arena_bytes: AutoBytes = Field(default=None, description="memory of one rank, weights and KV, such as 64MiB; auto fits its models")
+    num_cpus: float | None = Field(default=None, ge=0, description="CPUs that Ray reserves for one rank; unset takes num_threads")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="what workers compute on; auto: GPUs where there are some")
     num_gpus: AutoNumber = Field(
         default=None, description="GPUs that Ray reserves for one worker; auto: one, or a share of one where there are fewer than workers"
@@ -78,6 +82,16 @@ class PoolsConfig(Section):
     def of(self, role: Role) -> PoolConfig:
         return self.prefill if role is Role.PREFILL else self.decode
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes of all workers together."""
+        return sum(pool.workers * pool.tensor_parallel for pool in (self.prefill, self.decode))
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """How many ranks share a model, on the one worker or the other."""
+        return tuple(sorted({self.prefill.tensor_parallel, self.decode.tensor_parallel}))
+
 
 class EngineConfig(Section):
     batch_invariant: bool = Field(default=False, description="a request's tokens do not depend on its neighbours, to the bit; slower")
@@ -88,6 +102,7 @@ class EngineConfig(Section):
     weight_layout: Literal["auto", "plain", "onednn"] = Field(default="auto", description="how weights lie in memory; auto goes by device")
     kv_fraction: float = Field(default=0.3, gt=0, lt=1, description="share of the arena that weights may borrow, never keep")
     slab_bytes: AutoBytes = Field(default=None, description="unit in which KV memory is given to models; auto fits their blocks")
+    rank_timeout_s: Seconds = Field(default=30.0, description="a rank that answers the others no more for so long is lost with its worker")
     probe_interval_s: Seconds = Field(default=10.0, description="how often an idle worker runs a step to show that it can")
 
 

@@ -55,7 +55,9 @@ class Controller:
     # -- models -------------------------------------------------------------------------------------------------------
 
     def register(self, spec: ModelSpec) -> ModelSpec:
-        """The spec as kept. Raises ConfigError for a bad name, or for one that is taken by other weights; the same again is fine."""
+        """The spec as kept. Raises ConfigError for a bad name, for one that is taken by other weights, and for KV that the workers' ranks
+        could not give to each other; the same again is fine."""
+        self._pool.check(spec)
         self._registry.register(spec)
         record = self._records.get(spec.model)
         if record is None:

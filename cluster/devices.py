@@ -123,6 +123,11 @@ def _together(devices: dict[Role, tuple[Device, str]], pools: Mapping[Role, Pool
 def _device(role: Role, pool: PoolConfig, hosts: Sequence[GpuHost], usable: Sequence[GpuHost]) -> tuple[Device, str]:
     num_gpus = sum(host.num_gpus for host in usable)
     reasons = "; ".join(sorted({host.why_unusable for host in hosts if host.why_unusable})) or "no host has one that Ray knows"
+    if pool.tensor_parallel > 1:
+        why = f"pools.{role}.tensor_parallel={pool.tensor_parallel}, and several ranks compute on CPUs only"
+        if pool.device == "cuda":
+            raise ConfigError(f"{why}: set pools.{role}.device to cpu, or tensor_parallel to 1")
+        return "cpu", why
     if pool.device == "cpu":
         return "cpu", f"pools.{role}.device=cpu"
     if pool.num_gpus == 0:

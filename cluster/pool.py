@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from polymux.cluster.books import DecodeBook, PrefillBook, WorkerBook
 from polymux.cluster.config import ClusterConfig
 from polymux.disagg.admission import max_kv_tokens
 from polymux.disagg.cost import Roofline, guess_decode, guess_prefill
 from polymux.disagg.dispatch import Coefficients
-from polymux.transport.errors import ConfigError, Overloaded
+from polymux.transport.errors import ConfigError, LayoutMismatch, Overloaded
+from polymux.transport.head_slices import plan_heads, sharded
 from polymux.transport.messages import ModelSpec, Role, WorkerHello, WorkerReport
 from polymux.transport.units import Epoch, ModelName, WorkerId
 
@@ -67,6 +69,8 @@ class Pool:
         self.num_lost = 0
         self.stalled: frozenset[WorkerId] = frozenset()
         self.retired: Counter[str] = Counter()  # counters of lost workers
+        self._degrees = config.pools.degrees
+        self._specs: dict[ModelName, ModelSpec] = {}
         self._weight_bytes: dict[ModelName, int] = {}
         self._prefill_costs: dict[ModelName, Coefficients] = {}  # by any worker's last word, a guess before that
         self._decode_costs: dict[ModelName, Coefficients] = {}
@@ -95,9 +99,13 @@ class Pool:
         self.decode = {key: one.decode for key, one in self.members.items() if Role.DECODE in one.roles}
         self._able.clear()
 
+    def check(self, spec: ModelSpec) -> None:
+        """Raise ConfigError when the model's KV could not move between any two workers, those that are to come included."""
+        check_heads(spec, {*self._degrees, *(book.hello.num_ranks for book in self.books())})
+
     def add_model(self, spec: ModelSpec) -> None:
         """Make its cost known to every book. A model registered again keeps what was learned."""
-        self._weight_bytes[spec.model] = spec.weight_bytes
+        self._weight_bytes[spec.model], self._specs[spec.model] = spec.weight_bytes, spec
         self._able.clear()
         if spec.model in self._prefill_costs:
             return
@@ -111,9 +119,12 @@ class Pool:
             member.decode.learn({spec.model: decode})
 
     def add(self, hello: WorkerHello, epoch: Epoch, now_s: float) -> None:
-        """A worker joins. Raises ConfigError for a hello without id or arena, Overloaded when there are too many."""
+        """A worker joins. Raises ConfigError for a hello without id or arena and for ranks that a model's KV does not fit, Overloaded
+        when there are too many."""
         if not hello.worker_id or hello.arena_bytes <= 0:
             raise ConfigError(f"worker {hello.worker_id!r} with arena_bytes={hello.arena_bytes} cannot join; it needs an id and an arena")
+        for spec in self._specs.values():
+            check_heads(spec, {hello.num_ranks, *(book.hello.num_ranks for book in self.books())})
         if len(self) >= MAX_WORKERS:
             raise Overloaded(f"{len(self)} workers are alive, and no more than {MAX_WORKERS} may be")
         lease_s, weight_bytes = self._lease_s, self._weight_bytes
@@ -160,11 +171,31 @@ class Pool:
         return found
 
     def _find_able(self, spec: ModelSpec) -> Able:
-        roomy = {book.hello.worker_id: max_kv_tokens(book.hello.arena_bytes, spec.weight_bytes, spec.kv) for book in self.books()}
+        roomy = {book.hello.worker_id: _room(book, spec) for book in self.books()}
         prefill = tuple(book for worker_id, book in sorted(self.prefill.items()) if roomy[worker_id])
         decode = tuple(book for worker_id, book in sorted(self.decode.items()) if roomy[worker_id])
         most = min(max((roomy[book.hello.worker_id] for book in side), default=0) for side in (prefill, decode))
         return Able(prefill, decode, most)
+
+
+def _room(book: WorkerBook, spec: ModelSpec) -> int:
+    """Tokens of the longest sequence that the worker could hold; 0 for a degree that the model was not registered for."""
+    num_ranks = book.hello.num_ranks
+    try:
+        rank = spec.on_ranks(num_ranks)
+    except ConfigError:
+        return 0
+    return max_kv_tokens(book.hello.arena_bytes // num_ranks, rank.weight_bytes, rank.kv)
+
+
+def check_heads(spec: ModelSpec, degrees: Iterable[int]) -> None:
+    """Plan every move of this model's KV that there could be, before the first byte. Raises ConfigError, naming the degrees."""
+    try:
+        layouts = [sharded(spec.kv, num_ranks) for num_ranks in sorted(set(degrees))]
+        for source, target in product(layouts, repeat=2):
+            plan_heads(source, target)
+    except LayoutMismatch as error:
+        raise ConfigError(f"models.{spec.model}: {error}; change pools.*.tensor_parallel") from error
 
 
 def counters_of(book: WorkerBook) -> Mapping[str, float]:

@@ -157,11 +157,11 @@ class RayLauncher:
 
 def _cpu_options(config: ClusterConfig, pool: PoolConfig) -> dict[str, Any]:
     """What Ray reserves for a worker without a GPU: as many CPUs as it has threads, if the cluster has so many."""
-    num_workers = config.pools.prefill.workers + config.pools.decode.workers
+    num_ranks = config.pools.num_ranks
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    share = CPU_SHARE * cluster.get("CPU", 1.0) / num_workers
-    num_cpus = pool.num_cpus if pool.num_cpus is not None else round(min(num_threads(pool, num_workers), share), 3)
-    return {"num_cpus": num_cpus, "resources": dict(pool.resources)}
+    share = CPU_SHARE * cluster.get("CPU", 1.0) / num_ranks
+    num_cpus = pool.num_cpus if pool.num_cpus is not None else round(min(num_threads(pool, num_ranks), share), 3)
+    return {"num_cpus": pool.tensor_parallel * num_cpus, "resources": dict(pool.resources)}
 
 
 class ControllerActor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ def worker_settings(
 ) -> WorkerSettings:
     """Everything that one worker needs. Raises ConfigError when the models cannot fit the arena that the configuration asks for."""
     pool = config.pools.of(role)
-    num_workers = config.pools.prefill.workers + config.pools.decode.workers
-    arena_bytes = pool.arena_bytes or seat.arena_bytes or _auto_arena(config, specs, num_workers)
+    num_ranks = config.pools.num_ranks
+    specs = [spec.on_ranks(pool.tensor_parallel) for spec in specs]
+    arena_bytes = pool.arena_bytes or seat.arena_bytes or _auto_arena(config, specs, num_ranks)
     slab_bytes = config.engine.slab_bytes or _auto_slab(arena_bytes, specs)
     reserve = int(arena_bytes * (1 - config.engine.kv_fraction))
     largest = max(specs, key=lambda s: s.weight_bytes, default=None)
@@ -55,7 +57,9 @@ def worker_settings(
         token=config.security.cluster_token,
         store_address=store_address,
         host=config.transport.listen_host or "127.0.0.1",
-        num_threads=num_threads(pool, num_workers),
+        num_threads=num_threads(pool, num_ranks),
+        num_ranks=pool.tensor_parallel,
+        rank_timeout_s=config.engine.rank_timeout_s,
         prefill_policy=policies.prefill,
         prefill_settings=(("max_group_size", policies.max_group_size),),
         decode_policy=policies.decode,
@@ -67,17 +71,17 @@ def worker_settings(
     )
 
 
-def num_threads(pool: PoolConfig, num_workers: int) -> int:
-    """Compute threads of one worker: over all workers no more than the host has cores, for spinning threads slow each other down."""
-    return pool.num_threads or max((os.cpu_count() or 1) // num_workers, 1)
+def num_threads(pool: PoolConfig, num_ranks: int) -> int:
+    """Compute threads of one rank: over all ranks no more than the host has cores, for spinning threads slow each other down."""
+    return pool.num_threads or max((os.cpu_count() or 1) // num_ranks, 1)
 
 
-def _auto_arena(config: ClusterConfig, specs: Sequence[ModelSpec], num_workers: int) -> int:
-    """All weights and some full-length sequences of the hungriest model, within this worker's share of the host."""
+def _auto_arena(config: ClusterConfig, specs: Sequence[ModelSpec], num_ranks: int) -> int:
+    """All weights and some full-length sequences of the hungriest model, within this rank's share of the host."""
     weights = sum(spec.weight_bytes for spec in specs)
     kv = max((FULL_LENGTH_SEQS * spec.kv.num_blocks(spec.max_model_len) * spec.kv.block_bytes for spec in specs), default=0)
     wanted = max(weights / (1 - config.engine.kv_fraction), weights + kv, 64 * MIB)
-    return int(min(wanted, host_memory_bytes() * HOST_SHARE / num_workers)) // MIB * MIB
+    return min(math.ceil(wanted / MIB), int(host_memory_bytes() * HOST_SHARE / num_ranks) // MIB) * MIB
 
 
 def _auto_slab(arena_bytes: int, specs: Sequence[ModelSpec]) -> int:

@@ -71,6 +71,7 @@ def _worker(book: WorkerBook, pool: Pool, now_s: float) -> WorkerStatus:
         address=hello.address,
         host_id=hello.host_id,
         pid=hello.pid,
+        num_ranks=hello.num_ranks,
         arena_bytes=hello.arena_bytes,
         active_model=report.active_model if report else None,
         loads=_merged(report) if report else (),

@@ -88,7 +88,7 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             launches = [group.create_task(self._launch(place)) for place in self._places]
             for model in self.config.models:
-                self._specs[ModelName(model.name)] = await self._launcher.register(_source(model))
+                self._specs[ModelName(model.name)] = await self._launcher.register(_source(model, self.config.pools.degrees))
         async with asyncio.TaskGroup() as group:
             for place, launch in zip(self._places, launches, strict=True):
                 group.create_task(self._serve(place, launch.result()))
@@ -305,7 +305,7 @@ class Supervisor:
         name = ModelName(model.name)
         async with self._adding:
             try:
-                spec = await self._launcher.register(_source(model))
+                spec = await self._launcher.register(_source(model, self.config.pools.degrees))
                 await self._tell_all(spec)
                 kept = self.controller.register(spec)
             except BaseException:
@@ -335,7 +335,7 @@ class Supervisor:
             log.warning("supervisor.forget_failed model=%s reason=%r", model, error)
 
 
-def _source(model: ModelConfig) -> ModelSource:
+def _source(model: ModelConfig, degrees: tuple[int, ...]) -> ModelSource:
     ttft_slo_s, tpot_slo_s = model.slos
     return ModelSource(
         model=ModelName(model.name),
@@ -346,4 +346,5 @@ def _source(model: ModelConfig) -> ModelSource:
         tpot_slo_s=tpot_slo_s,
         is_pinned=model.pin,
         chat_template=model.chat_template,
+        degrees=degrees,
     )

@@ -31,7 +31,8 @@ class WorkerStatus:
     address: str
     host_id: str
     pid: int
-    arena_bytes: int
+    num_ranks: int  # processes that share its models
+    arena_bytes: int  # of all ranks together, as all bytes here
     active_model: ModelName | None
     loads: tuple[ModelLoad, ...]  # as last reported
     num_placed: int  # sequences that the controller placed here and that have not ended

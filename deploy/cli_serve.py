@@ -151,7 +151,7 @@ def _own_ray(config: ClusterConfig) -> Iterator[None]:
     temp_dir = tempfile.mkdtemp(prefix="polymux-ray-", dir=folder)
     is_kept = False
     try:
-        start_local_ray(config.pools.prefill.workers + config.pools.decode.workers, temp_dir)
+        start_local_ray(config.pools.num_ranks, temp_dir)
         yield
     except (ConfigError, CheckpointError):
         raise

@@ -379,7 +379,7 @@ class WorkerHello:
     address: str
     host_id: str
     pid: int
-    arena_bytes: int  # of each rank
+    arena_bytes: int  # of all its ranks together, as every count of bytes in its reports
     num_threads: int
     epoch: Epoch | None = None
     num_ranks: int = 1  # processes of this instance

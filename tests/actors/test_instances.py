@@ -1,14 +1,33 @@
-"""Instances of several ranks, each a process of its own: what they say is what one rank says, whoever prefills and whoever decodes."""
+"""Instances of several ranks, each a process of its own: what they say is what one rank says, whoever prefills and whoever decodes.
+
+And what becomes of them when a rank is killed or frozen: a typed error within the deadline, and an instance that is lost as a whole.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from worker_pair import NAMES, Pair, prompt_of, running_pair
+from test_moves import Client
+from worker_pair import GREEDY, NAMES, TOKEN, Pair, prompt_of, running_pair
+
+from polymux.actors.parallel.leader import Ranks, RankSettings
+from polymux.actors.worker import Worker
+from polymux.transport.errors import CheckpointError, RankLost, WorkerLost
+from polymux.transport.kv import KVSettings
+from polymux.transport.messages import SequenceUpdate, Shard
+from polymux.transport.units import ModelName
 
 LENGTHS = (5, 40, 93)
+LONG = replace(GREEDY, max_tokens=90)
 
 
 async def answers(pair: Pair) -> list[list[int]]:
@@ -21,15 +40,151 @@ async def answers(pair: Pair) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
+def one_rank() -> dict[str, Any]:
     """What one rank says, kept from the first test that asks."""
     return {}
 
 
-@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (2, 2), (4, 2), (1, 4)])
-async def test_ranks_say_what_one_says(ranks: tuple[int, int], expected: dict[str, Any]) -> None:
-    if not expected:
+@pytest.mark.parametrize(
+    ("ranks", "backend"), [((2, 1), "shm"), ((1, 2), "tcp"), ((2, 2), "auto"), ((4, 2), "tcp"), ((1, 4), "shm")], ids=str
+)
+async def test_ranks_say_what_one_says(ranks: tuple[int, int], backend: str, one_rank: dict[str, Any]) -> None:
+    if not one_rank:
         async with running_pair() as pair:
-            expected["tokens"] = await answers(pair)
-    async with running_pair(ranks=ranks) as pair:
-        assert await answers(pair) == expected["tokens"]
+            one_rank["tokens"] = await answers(pair)
+    async with running_pair(ranks=ranks, kv=KVSettings(backend=backend, checksum_every=1)) as pair:
+        assert await answers(pair) == one_rank["tokens"]
+
+
+async def test_a_sequence_moves_between_two_ranks_and_one_in_the_middle_of_its_answer() -> None:
+    async with running_pair(ranks=(2, 1)) as pair:
+        asks = [(pair.specs[name], prompt_of(pair.specs[name], 20 + 13 * i, i), LONG) for i, name in enumerate(NAMES)]
+        alone = [await pair.generate(*ask) for ask in asks]
+        clients = [Client(pair, *ask) for ask in asks]
+        for client in clients:
+            await client.start()
+
+        async def move_now_and_then() -> None:
+            while any(client.num_moves < 2 and not client.is_whole for client in clients):
+                await asyncio.sleep(0.02)
+                pair.decode.move()
+                pair.prefill.move()
+
+        moves = asyncio.create_task(move_now_and_then())
+        assert await asyncio.gather(*(client.whole() for client in clients)) == alone
+        await moves
+        assert all(client.num_moves > 0 for client in clients)
+
+
+async def test_a_prompt_that_begins_like_another_is_cached_on_every_rank() -> None:
+    async with running_pair(ranks=(1, 2)) as pair:
+        spec, here = pair.specs[NAMES[0]], (pair.decode, pair.decode)
+        first, _ = await pair.collect(await pair.send(spec, prompt_of(spec, 80), GREEDY, roles=here))
+        again = [await pair.send(spec, prompt_of(spec, 80), GREEDY, roles=here) for _ in range(3)]
+        assert [(await pair.collect(one))[0] for one in again] == [first] * 3
+        assert dict(pair.decode.report().counters)["prefix_cache_hits"] > 0
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def freeze(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+async def ending(pair: Pair, sequence_id: str) -> SequenceUpdate:
+    """The update that ends a sequence."""
+    async with asyncio.timeout(30):
+        while True:
+            update = await pair._received[sequence_id].get()
+            if update.error or update.finish_reason:
+                return update
+
+
+async def lost(worker: Worker, within_s: float) -> float:
+    """The seconds until its report says so."""
+    began_s = time.monotonic()
+    while time.monotonic() - began_s < within_s:
+        try:
+            worker.report()
+        except WorkerLost:
+            return time.monotonic() - began_s
+        await asyncio.sleep(0.02)
+    raise AssertionError("the instance did not notice")
+
+
+def pids(worker: Worker) -> tuple[int, ...]:
+    assert worker._ranks is not None
+    return worker._ranks.pids
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("strike", "within_s"), [(kill, 1.5), (freeze, 6.0)])
+@pytest.mark.parametrize("rank", [1, 3])
+async def test_a_rank_lost_in_the_middle_of_a_batch_is_a_typed_error(strike: Callable[[int], None], within_s: float, rank: int) -> None:
+    async with running_pair(ranks=(1, 4), rank_timeout_s=2.0) as pair:
+        spec, processes = pair.specs[NAMES[0]], pids(pair.decode)
+        await pair.generate(spec, prompt_of(spec, 20))
+        sequence_id = await pair.send(spec, prompt_of(spec, 20), LONG)
+        await pair._received[sequence_id].get()
+        strike(processes[rank - 1])
+        began_s = time.monotonic()
+        last = await ending(pair, sequence_id)
+        assert last.error is not None and last.error.name == "RankLost", last
+        assert time.monotonic() - began_s < within_s
+        await lost(pair.decode, 2.0)
+        await pair.until(lambda: not any(map(is_running, processes)))
+
+
+@pytest.mark.parametrize(("strike", "within_s"), [(kill, 1.5), (freeze, 6.0)])
+async def test_an_idle_instance_notices_that_it_lost_a_rank(strike: Callable[[int], None], within_s: float) -> None:
+    async with running_pair(ranks=(1, 2), rank_timeout_s=1.0, probe_interval_s=0.5) as pair:
+        spec, processes = pair.specs[NAMES[0]], pids(pair.decode)
+        await pair.generate(spec, prompt_of(spec, 20))
+        strike(processes[0])
+        await lost(pair.decode, within_s)
+        await pair.until(lambda: not any(map(is_running, processes)))
+
+
+async def test_an_image_that_one_rank_cannot_have_fails_the_switch_and_nothing_else() -> None:
+    async with running_pair(ranks=(1, 2)) as pair:
+        first, second = (pair.specs[name] for name in NAMES)
+        before = await pair.generate(first, prompt_of(first, 30))
+        good = pair.store._server._open_image
+
+        def bad(model: ModelName, shard: Shard) -> tuple[bytes, int]:
+            if (model, shard) == (second.model, Shard(rank=1, num_ranks=2)):
+                raise CheckpointError("this rank's image is gone")
+            return good(model, shard)
+
+        pair.store._server._open_image = bad
+        here = (pair.decode, pair.decode)
+        _, last = await pair.collect(await pair.send(second, prompt_of(second, 30), GREEDY, roles=here))
+        assert last.error is not None and last.error.name == "CheckpointError"
+        assert await pair.generate(first, prompt_of(first, 30)) == before
+        pair.store._server._open_image = good
+        assert len(await pair.generate(second, prompt_of(second, 30))) == GREEDY.max_tokens
+
+
+def test_ranks_that_do_not_come_up_are_a_typed_error_and_leave_nothing() -> None:
+    settings = RankSettings(
+        worker_id="w",
+        num_ranks=3,
+        arena_bytes=-1,
+        weight_reserve_bytes=0,
+        num_threads=1,
+        batch_invariant=False,
+        store_address="unix:@nowhere",
+        token=TOKEN,
+        timeout_s=5.0,
+    )
+    with pytest.raises(RankLost, match="did not come up"):
+        Ranks(settings)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("polymux-rank")]

@@ -41,12 +41,13 @@ class Pair:
         host_kv_bytes: int,
         ranks: tuple[int, int],
         rank_timeout_s: float,
+        probe_interval_s: float,
         engine: dict[str, Any],
     ) -> None:
         self._engine = engine
         self._keep_s = keep_s
         self._kv = kv
-        self._rank_timeout_s = rank_timeout_s
+        self._rank_timeout_s, self._probe_interval_s = rank_timeout_s, probe_interval_s
         torch.set_num_threads(1)
         self.store = StoreServer(budget_bytes=64 * MIB, layout="auto", token=TOKEN, kv_bytes=host_kv_bytes)
         self.specs = {
@@ -74,6 +75,7 @@ class Pair:
                 keep_s=self._keep_s,
                 num_ranks=num_ranks,
                 rank_timeout_s=self._rank_timeout_s,
+                probe_interval_s=self._probe_interval_s,
             )
         )
         hello = worker.start()
@@ -173,6 +175,7 @@ async def running_pair(
     host_kv_bytes: int = 0,
     ranks: tuple[int, int] = (1, 1),
     rank_timeout_s: float = 30.0,
+    probe_interval_s: float = 10.0,
     **engine: Any,
 ) -> AsyncIterator[Pair]:
     """`ranks`: of the prefill and of the decode instance. `engine`: its settings, other than the pair's own."""
@@ -184,6 +187,7 @@ async def running_pair(
         host_kv_bytes=host_kv_bytes,
         ranks=ranks,
         rank_timeout_s=rank_timeout_s,
+        probe_interval_s=probe_interval_s,
         engine=engine,
     )
     readers = await pair.connect()

@@ -133,3 +133,10 @@ def test_automatic_shares_never_ask_for_more_than_there_is(prefill: int, decode:
         return
     assert prefill * chosen[Role.PREFILL].num_gpus + decode * chosen[Role.DECODE].num_gpus <= sum(sizes)
     assert {one.device for one in chosen.values()} == ({"cuda"} if sizes else {"cpu"})
+
+
+def test_several_ranks_compute_on_cpus() -> None:
+    chosen = choose(config({"tensor_parallel": 2}), [host(2)])
+    assert {one.device for one in chosen.values()} == {"cpu"} and "tensor_parallel=2" in chosen[Role.PREFILL].why
+    with pytest.raises(ConfigError, match=r"pools\.prefill\.tensor_parallel=2, and several ranks compute on CPUs only"):
+        choose(config({"tensor_parallel": 2, "device": "cuda"}), [host(2)])
