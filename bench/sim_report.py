@@ -21,12 +21,13 @@ INTRO = """\
 Every policy serves the same request lists of the Aegaeon artifact (SOSP '25) on 16 devices, in simulation. `qos` is the artifact's metric,
 `tok` the share of tokens that came by arrival + TTFT + i * TPOT, `req` the share of requests with every token on time; a request that was
 given up or refused counts 0 everywhere. All in percent; in parentheses what the artifact's own simulator gives, where it was reported.
-`slack` and `wrr-shared` run the very policy objects of the live system, and see no output length; `sllm-oracle` does.
+`slack` and `wrr-shared` run the very policy objects of the live system, for placement, turns, phases, eviction and preemption, and see no
+output length; `sllm-oracle` does. One run of one list: at heavy load a change of a microsecond anywhere moves `req` by a few points.
 
 - **Published costs**: the artifact's own cost model, integers and all, so that figures compare like for like: a load takes size over
   16 GB/s and hides behind whatever computed before it, a decode step costs the same for any batch.
 - **Physical costs**: clean coefficients with the batch term, KV at its true size, loads over a link of 25 GB/s from the moment in which
-  somebody asked for them, 48 of 72 GiB for weights that stay.
+  somebody asked for them. 48 of 72 GiB are for weights that stay, which may borrow what KV leaves of the rest; KV can run out.
 - **Half SLO**: TTFT 5 s and TPOT 50 ms instead of 10 s and 100 ms.
 - **Bound**: no scheduler has more requests on time: switches, placement and the order of steps are free there, batches as large as they
   could be, and only the devices' time is not (`disagg/sim/bound.py`).

@@ -174,7 +174,7 @@ class PhysicalSwitcher:
                 raise ConfigError(f"{model} has {self._nbytes(model)} bytes of weights, and a device keeps {self.reserve_bytes} for them")
             moved_us += self._begin(model, plan, now_us, self.costs.load_us(self.kinds[model]))
         resident = self._residents[model]
-        left_us = min(max(0, resident.ready_us - now_us), max(0, self.link.free_at_us - now_us))
+        left_us = resident.ready_us - now_us
         self.active, resident.used_us = model, now_us
         self._popularity[model] = self._popularity.get(model, Popularity()).touched(now_us / SECOND)
         return max(self.overhead_us, left_us) + moved_us

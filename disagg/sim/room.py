@@ -29,23 +29,26 @@ class Room:
         waiting: list[Prompt] = []
         is_short = False
         for prompt in worker.line:
-            model, kind = ModelName(prompt.one.request.model), prompt.one.request.kind
+            model = ModelName(prompt.one.request.model)
             work = worker.work.get(model)
+            if work is not None and work.num_seqs >= self.max_num_seqs:
+                waiting.append(prompt)
+                continue
             is_short = is_short or not self._has_room(worker, prompt)
-            if is_short and worker.kv is not None and not worker.kv.held_bytes:  # nobody will leave any
+            if not is_short:
+                self._admit(worker, prompt, worker.work.setdefault(model, Work(prompt.one.request.kind)))
+            elif worker.kv is not None and not worker.kv.held_bytes:  # nobody will leave any
                 prompt.one.has_failed, is_short = True, False
                 self.gone(prompt.one, worker)
-            elif is_short or (work is not None and work.num_seqs >= self.max_num_seqs):
-                waiting.append(prompt)
             else:
-                self._admit(worker, prompt, worker.work.setdefault(model, Work(kind)))
+                waiting.append(prompt)
         worker.line = waiting
 
     def _has_room(self, worker: SimWorker, prompt: Prompt) -> bool:
         return worker.kv is None or blocks(prompt.num_tokens + 1) * self.costs.kv_bytes(prompt.one.request.kind) <= worker.kv.free_bytes
 
     def _admit(self, worker: SimWorker, prompt: Prompt, work: Work) -> None:
-        worker.has_news = True
+        worker.has_news, work.view = True, None
         if worker.kv is not None:
             key = _key(prompt.one.request)
             cached = worker.kv.cached_tokens(key, prompt.num_tokens)
@@ -76,13 +79,14 @@ class Room:
         return num_steps
 
     def _preempt(self, worker: SimWorker, work: Work) -> None:
-        """The youngest of the batch loses its room, or of another where it is alone: to host memory where that pays, else for good."""
-        others = [one for other in worker.work.values() for one in other.running if other is not work]
-        victim = max(work.running if len(work.running) > 1 or not others else others, key=_age)
+        """The youngest of the batch loses its room, or of all where it is alone: to host memory where that pays, else for good."""
+        everybody = [one for other in worker.work.values() for one in other.running]
+        victim = max(work.running if len(work.running) > 1 else everybody, key=_age)
         model, kind = ModelName(victim.request.model), victim.request.kind
         assert worker.kv is not None
         worker.kv.release(victim.request.request_id)
         worker.work[model].running.remove(victim)
+        worker.work[model].view = None
         num_tokens = victim.context_len
         copy_s = self.costs.kv_in_us(kind, num_tokens) / SECOND
         swap = SwapView(

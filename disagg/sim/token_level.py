@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -170,6 +171,12 @@ class TokenLevel(Simulation[SimWorker]):
         return worker.turn
 
     def _batch(self, worker: SimWorker, model: ModelName, work: Work, now_us: int) -> BatchView:
+        switch_s = self._wait_us(worker, model, work, now_us) / SECOND
+        if work.view is None or work.view.switch_s != switch_s:
+            work.view = self._viewed(model, work, switch_s) if work.view is None else replace(work.view, switch_s=switch_s)
+        return work.view
+
+    def _viewed(self, model: ModelName, work: Work, switch_s: float) -> BatchView:
         kv_tokens = work.kv_tokens + sum(prompt.num_tokens for prompt in work.prompts)
         dues = [self._due(one, False) for one in work.running] + [self._due(prompt.one, True) for prompt in work.prompts]
         return BatchView(
@@ -178,7 +185,7 @@ class TokenLevel(Simulation[SimWorker]):
             kv_tokens=kv_tokens,
             step_s=self._decode_s(work.kind, len(dues), kv_tokens),
             tpot_slo_s=self._tpot_s,
-            switch_s=self._wait_us(worker, model, work, now_us) / SECOND,
+            switch_s=switch_s,
             prefill_s=sum(self._costs.prefill_us(work.kind, (p.num_left,), (p.num_done,)) for p in work.prompts) / SECOND,
             dues=tuple(dues),
         )
@@ -287,6 +294,7 @@ class TokenLevel(Simulation[SimWorker]):
     def _done(self, worker: SimWorker, count: int) -> None:
         """The first `count` of the steps under way are: their tokens are out."""
         assert worker.turn is not None
+        worker.work[worker.turn.model].view = None
         ends_us, worker.ends_us = worker.ends_us[:count], worker.ends_us[count:]
         max_gap_us = max((after - before for before, after in pairwise(ends_us)), default=0)
         for prompt, num_tokens in worker.prefilling:

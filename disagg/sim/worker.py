@@ -11,6 +11,7 @@ from polymux.disagg.phase import Phase
 from polymux.disagg.sim.kv import KvRoom
 from polymux.disagg.sim.outcome import Progress
 from polymux.disagg.sim.residency import Switcher
+from polymux.disagg.views import BatchView
 from polymux.transport.units import ModelName, WorkerId
 
 
@@ -36,6 +37,7 @@ class Work:
     prompts: list[Prompt] = field(default_factory=list)
     running: list[Progress] = field(default_factory=list)
     passed_over: Counter[Phase] = field(default_factory=Counter)  # steps that the other phase had, while this one waited
+    view: BatchView | None = None  # of all this, until something of it changes
 
     @property
     def kv_tokens(self) -> int:

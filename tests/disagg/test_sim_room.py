@@ -58,6 +58,12 @@ def test_the_youngest_gives_way_and_every_token_still_comes() -> None:
     assert world.room.num_preemptions >= 1 and first.last_us < second.last_us
 
 
+def test_of_two_models_alone_in_their_batches_the_older_sequence_keeps_its_room() -> None:
+    world, (first, second) = serve([request(0, 0, 200, 700), request(1, 1, 200, 700, model="b")], num_kv_tokens=1024)
+    assert first.is_done and second.is_done
+    assert world.room.num_preemptions == 1 and first.last_us < second.last_us
+
+
 def test_what_can_never_fit_fails_and_nobody_waits_behind_it() -> None:
     _, served = serve([request(0, 0, 2000, 5), request(1, 1, 100, 5), request(2, 2, 100, 5000)], num_kv_tokens=1024)
     assert [one.has_failed for one in served] == [True, False, True]
