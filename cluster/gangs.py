@@ -70,7 +70,7 @@ class Gangs:
             members = [line[i] for i in gang.members]
             bundles = [_bundle(devices[place.role], config.pools.of(place.role), hosts, len(line)) for place in members]
             group = await self._group(gang, bundles)
-            slots = await asyncio.gather(*(_slot(_options(group, i, bundle), hosts) for i, bundle in enumerate(bundles)))
+            slots = [await _slot(_options(group, i, bundle), hosts) for i, bundle in enumerate(bundles)]  # one process a host, in turns
             for place, i in _dealt(members, bundles, slots):
                 self._options[place.worker_id] = _options(group, i, bundles[i])
                 seats[place.worker_id] = seat(devices[place.role], slots[i])

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from polymux.deploy.doctor import Finding, Level
+from polymux.deploy.findings import Finding, Level
 
 STYLES = {Level.OK: "green", Level.NOTE: "cyan", Level.TIGHT: "yellow", Level.MISSING: "bold red"}
 

@@ -5,7 +5,6 @@ Each check is a plain function from what was measured to a finding, so that a te
 
 from __future__ import annotations
 
-import enum
 import errno
 import fcntl
 import importlib.metadata
@@ -16,10 +15,11 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from polymux.deploy.findings import Finding, Level
 from polymux.deploy.ray_token import token_source
 
 GIB = 1 << 30
@@ -30,21 +30,6 @@ LOW_SHM = 128 * MIB  # of Ray's object store, as polymux starts it
 LOW_DISK = GIB  # Ray warns, and spills nothing, on a full disk
 MAX_SOCKET_PATH = 107  # bytes that Linux allows
 RAY_SOCKET = "/polymux-ray-12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
-
-
-class Level(enum.StrEnum):
-    OK = "ok"
-    NOTE = "note"  # worth knowing; nothing to do
-    TIGHT = "tight"  # serves, but slowly or not for long
-    MISSING = "missing"  # serving would fail
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    name: str
-    level: Level
-    found: str
-    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,23 +64,24 @@ PACKAGES = (
 
 def examine(environ: Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000) -> list[Finding]:
     """Every check, on this machine. Imports torch, if it is there, to ask it for a GPU."""
-    checks: Iterable[Callable[[], Finding]] = (
-        lambda: python(sys.version_info[:3]),
-        lambda: system(platform.system(), platform.machine()),
-        *((lambda p=one: package(p, installed(p.name))) for one in PACKAGES),
-        lambda: cpu(cpu_flags(), num_cores()),
-        gpu,
-        memfd,
-        lambda: shared_memory(shm_bytes()),
-        lambda: memory(memory_bytes()),
-        lambda: open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-        lambda: locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], has_gpu=has_gpu()),
-        lambda: temporary(tempfile.gettempdir(), can_use_tmp=os.access("/tmp", os.W_OK)),
-        lambda: listening(host, port),
-        lambda: ray_token(environ),
-        lambda: ray_cluster(environ),
-    )
-    return [check() for check in checks]
+    computing = gpus()
+    has_gpu = any(one.name == "device" and "on cuda" in one.found for one in computing)
+    return [
+        python(sys.version_info[:3]),
+        system(platform.system(), platform.machine()),
+        *(package(one, installed(one.name)) for one in PACKAGES),
+        cpu(cpu_flags(), num_cores()),
+        *computing,
+        memfd(),
+        shared_memory(shm_bytes()),
+        memory(memory_bytes()),
+        open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], has_gpu=has_gpu),
+        temporary(tempfile.gettempdir(), can_use_tmp=os.access("/tmp", os.W_OK)),
+        listening(host, port),
+        ray_token(environ),
+        ray_cluster(environ),
+    ]
 
 
 # -- software -----------------------------------------------------------------------------------------------------------------------
@@ -179,27 +165,15 @@ def cpu(flags: frozenset[str], num_cores: int) -> Finding:
     return Finding(name="cpu", level=Level.OK, found=found)
 
 
-def has_gpu() -> bool:
+def gpus() -> list[Finding]:
+    """What workers would compute on, where what it takes to ask is installed."""
     try:
-        import torch
-    except (ImportError, OSError):
-        return False
-    return torch.cuda.is_available()
+        from polymux.cluster.config import ClusterConfig
+        from polymux.deploy import doctor_gpu
 
-
-def gpu() -> Finding:
-    """GPUs as torch sees them. Having none is no fault."""
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        reason = "not installed" if isinstance(error, ModuleNotFoundError) else str(error).splitlines()[0]
-        return Finding(name="gpu", level=Level.NOTE, found=f"cannot ask: torch is {reason}", fix="repair torch first, then look again")
-    if not torch.cuda.is_available():
-        return Finding(name="gpu", level=Level.OK, found="no GPU: CPU workers will be used")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    found = f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}, NCCL {nccl}"
-    return Finding(name="gpu", level=Level.NOTE, found=found, fix="this version computes on CPU workers; GPUs stay idle")
+        return doctor_gpu.examine(ClusterConfig())
+    except ImportError as error:
+        return [Finding(name="gpu", level=Level.NOTE, found=f"cannot ask: {error}", fix="install what is missing above, then look again")]
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------------------

@@ -61,11 +61,10 @@ def nearest(seating: Seating, places: list[WorkerPlace]) -> list[Link | None]:
     return [max((link for link in found if link is not None), default=None) for found in links]
 
 
-def visible() -> tuple[str, str | None]:
-    return ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
 async def test_prefill_and_decode_get_the_two_ends_of_each_bridge_and_what_they_were_promised(three_hosts: None) -> None:
+    def visible() -> tuple[str, str | None]:  # in here, so that it is sent as it is, and nothing is imported for it
+        return ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
     gangs, line = Gangs(), places(2, 2)
     try:
         seating = await gangs.seat(config(2, 2, 1), line)
