@@ -190,7 +190,7 @@ def _combined(partials, first_part, num_parts, head, BLOCK_M: tl.constexpr, BLOC
     total = tl.zeros([BLOCK_M], tl.float32)
     within = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)[None, :]
-    for i in range(num_parts):
+    for i in tl.range(0, num_parts, loop_unroll_factor=4 if BLOCK_M * BLOCK_D <= 4096 else 1):  # loads of small tiles overlap
         part = _part_of(partials, first_part + i, head, BLOCK_M, BLOCK_D)
         part_peak = tl.load(part + BLOCK_M * BLOCK_D + within, cache_modifier=".cg")
         new_peak = tl.maximum(peak, part_peak)

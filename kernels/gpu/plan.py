@@ -83,7 +83,7 @@ class StepPlanner:
 
     def num_words(self, num_rows: int, num_blocks: int, num_windows: int = 1) -> int:
         """Words of staging that any step of so many rows over so many blocks of context takes."""
-        items = num_rows + 2 * self._extra
+        items = num_rows + 2 * self._extra + 2 * self._num_sms
         return 4 + 2 * (num_rows + 4) + num_windows * 2 * (items * ITEM_WORDS + 4) + num_blocks + 4
 
     def plan(self, spans: Sequence[Span], windows: Iterable[int | None], staging: Staging, num_rows: int | None = None) -> StepPlan:
@@ -126,9 +126,14 @@ class StepPlanner:
         )
         if not len(long.tokens):
             decode = _padded(decode, num_rows + self._extra)
-        tiles = int((-(-long.tokens * self._group // self._tiles.prefill.block_m)).sum()) * self.shape.num_kv_heads
-        prefill = self._cut(long, window, self._tiles.prefill, self._extra if tiles < self._num_sms else 0)
+        prefill = self._cut(long, window, self._tiles.prefill, self._prefill_extra(long))
         return _launch(staging, decode, self._tiles.decode), _launch(staging, prefill, self._tiles.prefill)
+
+    def _prefill_extra(self, queries: Queries) -> int:
+        """Parts for the chunks' tiles: as many of each as fill the chip once, where tiles alone leave half of it idle or more."""
+        num_tiles = int((-(-queries.tokens * self._group // self._tiles.prefill.block_m)).sum())
+        parts = self._num_sms // max(num_tiles * self.shape.num_kv_heads, 1)
+        return num_tiles * parts if parts > 1 and self._extra else 0
 
     def _cut(self, queries: Queries, window: int | None, config: TileConfig, extra: int) -> Words:
         """Items whose partial results fit the workspace."""
@@ -156,10 +161,12 @@ class _Batch:
         starts, contexts, tokens = columns.T
         num_blocks = -(-(contexts + tokens) // block_size)
         tables = np.cumsum(num_blocks) - num_blocks
-        ids = list(chain.from_iterable(span.block_ids[:n] for span, n in zip(spans, num_blocks.tolist(), strict=True)))
-        assert len(ids) == num_blocks.sum(), "a block table is shorter than its sequence"
-        block_ids = np.array(ids or [0], np.int32)  # never empty: an empty tensor has no address for a graph to keep
+        total = int(num_blocks.sum())
+        ids = chain.from_iterable(span.block_ids[:n] for span, n in zip(spans, num_blocks.tolist(), strict=True))
+        block_ids = np.zeros(max(total, 1), np.int32)  # never empty: an empty tensor has no address for a graph to keep
+        block_ids[:total] = np.fromiter(ids, np.int32, total)  # raises ValueError where a table is shorter than its sequence
         order = np.argsort(starts, kind="stable")
+        assert (starts[order] == np.cumsum(tokens[order]) - tokens[order]).all(), "the spans' rows leave gaps or overlap"
         owner = np.repeat(order, tokens[order])
         positions = np.arange(len(owner)) - starts[owner] + contexts[owner]
         slots = block_ids[tables[owner] + positions // block_size] * block_size + positions % block_size

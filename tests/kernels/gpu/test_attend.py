@@ -21,6 +21,7 @@ from polymux.kernels.gpu.staging import Staging
 from polymux.kernels.paged import CacheShape
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
+DTYPES = [torch.float16] if torch.cuda.is_available() else list(TOLERANCE)  # each combination is compiled on a GPU
 NUM_LAYERS, LAYER, SIZE = 2, 1, 16
 Sizes = Sequence[tuple[int, int]]  # (tokens, tokens before them) of each sequence
 MIXED = ((1, 90), (18, 50), (1, 0), (33, 0), (1, 300), (5, 7))
@@ -105,30 +106,30 @@ def check(case: Case, device: torch.device) -> StepPlan:
     return plan
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_a_mixed_step_is_the_references(head_dim: int, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
     check(Case(sizes=MIXED, head_dim=head_dim, window=window, dtype=dtype), device)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", range(1, 9))
 def test_every_ratio_of_heads_packs_without_waste(group: int, dtype: torch.dtype, device: torch.device) -> None:
     check(Case(sizes=((1, 40), (37, 20), (2, 15)), group=group, kv_heads=1, dtype=dtype), device)
 
 
-sequences = st.tuples(st.one_of(st.just(1), st.integers(2, 70)), st.one_of(st.just(0), st.integers(1, 400)))
+sequences = st.tuples(st.one_of(st.just(1), st.integers(2, 50)), st.one_of(st.just(0), st.integers(1, 300)))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6 if torch.cuda.is_available() else 10, deadline=None)
 @given(
-    sizes=st.lists(sequences, min_size=1, max_size=4),
+    sizes=st.lists(sequences, min_size=1, max_size=3),
     group=st.integers(1, 8),
     kv_heads=st.integers(1, 2),
     head_dim=st.sampled_from([16, 24, 64]),
     window=st.one_of(st.none(), st.integers(1, 200)),
-    dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
+    dtype=st.sampled_from(DTYPES),
     padding=st.integers(0, 3),
     num_sms=st.sampled_from([1, 8, 64]),
 )
@@ -136,8 +137,12 @@ def test_any_step_is_the_references(device: torch.device, **drawn: object) -> No
     check(Case(**drawn), device)  # type: ignore[arg-type]
 
 
+def test_fp32_is_exact_to_its_rounding(device: torch.device) -> None:
+    check(Case(sizes=MIXED, head_dim=64, window=40), device)
+
+
 def test_long_contexts_are_cut_into_parts_and_summed_again(device: torch.device) -> None:
-    for sizes in ([(1, 1500), (1, 3)], [(20, 1100)]):
+    for sizes in ([(1, 1100), (1, 3)], [(20, 1000)]):
         plan = check(Case(sizes=sizes, num_sms=8), device)
         launches = plan.attention[None]
         assert max(int(launch.items[:, 9].max()) for launch in (launches.decode, launches.prefill) if launch) > 2
