@@ -257,11 +257,12 @@ class Worker:
             self._device.enter()
             while not self._stopping.is_set():
                 self._beat_s = self._engine.clock()
-                if not self._turn() and not self._rest() and not self._probe():
-                    log.error("worker.probe_failed worker=%s", self.settings.worker_id)
-                    return
+                is_well = self._turn() or self._rest() or self._probe()
                 if self._engine.lost is not None:
                     self._give_up(self._engine.lost)
+                    return
+                if not is_well:
+                    log.error("worker.probe_failed worker=%s", self.settings.worker_id)
                     return
         except Exception:
             log.exception("worker.engine_died worker=%s", self.settings.worker_id)

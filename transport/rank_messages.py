@@ -6,7 +6,7 @@ named by their ids, which are the same on every rank, and need no command but in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from polymux.transport.messages import ErrorReport, ModelSpec, Shard
 from polymux.transport.units import ModelName, PackedIds
@@ -23,7 +23,7 @@ class StartRank:
     num_threads: int
     batch_invariant: bool
     store_address: str
-    token: str
+    token: str = field(repr=False)
     rendezvous: str  # path of a file through which the ranks find each other
     timeout_s: float  # of every sum and gather
 

@@ -12,6 +12,7 @@ import select
 import socket
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -174,7 +175,8 @@ def main() -> None:
     except Exception as error:
         log.exception("rank.failed worker=%s rank=%d", start.worker_id, start.shard.rank)
         known = error if isinstance(error, PolymuxError) else PolymuxError(f"{type(error).__name__}: {error}")
-        channel.send(RankFailed(error=report(known)))
+        with suppress(PolymuxError):  # rank 0 may be gone itself
+            channel.send(RankFailed(error=report(known)))
         os._exit(1)
 
 
