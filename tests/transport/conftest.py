@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import stand_in
 from backends import GPU_BACKENDS, HOST_BACKENDS, config_of, eventually
+from processes import Child, bury, spawn
 
 KV_PEER = Path(__file__).with_name("kv_peer.py")
 
@@ -88,3 +91,28 @@ def joined(pair: Any, backend: dict[str, Any]) -> Any:
         return pair(backend | (source or {}), backend | (sink or {}))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def spares() -> Iterator[deque[subprocess.Popen[bytes]]]:
+    """Peers that start while the tests before them wait."""
+    waiting = deque(spawn() for _ in range(2))
+    yield waiting
+    for process in waiting:
+        bury(process)
+
+
+@pytest.fixture
+def child(spares: deque[subprocess.Popen[bytes]]) -> Any:
+    """`with child(role=..., ...) as peer`."""
+
+    @contextmanager
+    def start(**config: Any) -> Iterator[Child]:
+        process = spares.popleft()
+        spares.append(spawn())
+        try:
+            yield Child(process, config)
+        finally:
+            bury(process)
+
+    return start

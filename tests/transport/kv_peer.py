@@ -386,6 +386,7 @@ def main() -> None:
     if not first:
         return
     config = json.loads(first)
+    os.environ.update(config.pop("env", {}))
     if config.pop("role") == "prefill":
         prefiller = Prefiller(**config)
         say({"address": prefiller.peer.address, "epoch": prefiller.epoch, "host_id": prefiller.host_id})

@@ -123,6 +123,11 @@ class Mover:
         if task in self._tasks:
             self._tasks.remove(task)
 
+    @property
+    def num_edges(self) -> int:
+        """Ends of edges that are open, or closed and not yet quiet."""
+        return len(self._tasks)
+
     def comm(self, lane: Lane, unique_id: bytes, rank: int) -> Comm:
         """Begin to join. Whoever asks has seen that there is NCCL."""
         assert self.nccl is not None
