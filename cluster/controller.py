@@ -16,6 +16,7 @@ from polymux.cluster.steering import Steering
 from polymux.cluster.topology import Expired, Stats, Topology
 from polymux.disagg.admission import AdmissionLimits, Verdict, decide
 from polymux.disagg.balance import BatchMove
+from polymux.disagg.placement import Link
 from polymux.disagg.slo import SLO
 from polymux.disagg.views import DoorView
 from polymux.transport.errors import DeadlineExceeded, InvalidRequest, PolymuxError, StaleEpoch
@@ -51,6 +52,10 @@ class Controller:
         self._dispatcher = Dispatcher(config, self._pool, self._steering)
         self._ledger = Ledger()
         self._outcomes: Counter[str] = Counter()
+
+    def place_near(self, link: Callable[[WorkerId, WorkerId], Link | None]) -> None:
+        """From now on prompts are computed near the workers that decode them, where `link` knows what joins two."""
+        self._dispatcher.link = link
 
     # -- models -------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from polymux.cluster import gpu_topology
 from polymux.cluster.config import ClusterConfig, PoolConfig
@@ -81,6 +81,13 @@ class Seating:
         slots = [seat.slot for worker_id in (one, other) if (seat := self.seats.get(worker_id)) is not None]
         return slots[0].link(slots[1]) if len(slots) == 2 and slots[0] and slots[1] else None
 
+    def plain(self) -> dict[str, Any]:
+        """For /v1/polymux/topology: by pool what was chosen and why, by worker its GPUs."""
+        pools = {str(role): {"device": one.device, "num_gpus": one.num_gpus, "why": one.why} for role, one in self.devices.items()}
+        slots = {worker_id: seat.slot for worker_id, seat in self.seats.items() if seat.slot is not None}
+        workers = {worker_id: {"host": slot.host.gpus.describe(), "gpus": list(slot.gpus)} for worker_id, slot in slots.items()}
+        return {"pools": pools, "workers": workers}
+
     def describe(self) -> str:
         return "; ".join(describe(role, one) for role, one in self.devices.items())
 
@@ -130,6 +137,12 @@ def _device(role: Role, pool: PoolConfig, hosts: Sequence[GpuHost], usable: Sequ
         return "cpu", why
     if pool.device == "cpu":
         return "cpu", f"pools.{role}.device=cpu"
+    if pool.tensor_parallel > 1:
+        if pool.device == "cuda":
+            raise ConfigError(
+                f"pools.{role} has device=cuda and tensor_parallel={pool.tensor_parallel}; several ranks compute on CPUs only"
+            )
+        return "cpu", f"pools.{role}.tensor_parallel={pool.tensor_parallel}"
     if pool.num_gpus == 0:
         if pool.device == "cuda":
             raise ConfigError(f"pools.{role} has device=cuda and num_gpus=0; leave num_gpus at auto")

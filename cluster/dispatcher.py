@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from polymux.cluster.books import DecodeBook, PrefillBook, Promise
@@ -12,11 +12,12 @@ from polymux.cluster.pool import Able, Pool
 from polymux.cluster.snapshots import ModelRecord
 from polymux.cluster.steering import Steering
 from polymux.disagg.dispatch import choose_decode, choose_prefill
-from polymux.disagg.views import AskView
+from polymux.disagg.placement import BYTES_PER_S, Link
+from polymux.disagg.views import AskView, PrefillWorkerView
 from polymux.transport.errors import OutOfMemory, Overloaded
 from polymux.transport.messages import Admit, ModelSpec
 from polymux.transport.prefix import MAX_PROMPT_MARKS
-from polymux.transport.units import SequenceId, unpack_ids
+from polymux.transport.units import SequenceId, WorkerId, unpack_ids
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class Dispatcher:
         self._max_group_size = config.policies.max_group_size
         self._max_quota_s = config.policies.max_quota_s
         self._retry_after_s = config.liveness.worker_lease_s
+        self.link: Callable[[WorkerId, WorkerId], Link | None] | None = None  # what joins two workers; None: all are as near
 
     def able(self, spec: ModelSpec, now_s: float) -> Able:
         """The workers for a model. Raises Overloaded when a role has none alive, OutOfMemory when none of them is large enough."""
@@ -97,8 +99,9 @@ class Dispatcher:
         assert decode is not None
         if self._is_shared:
             prefills = [view for view in prefills if view.worker_id == decode.worker_id] or prefills
-        prefill = choose_prefill(ask, prefills, now_s=now_s, max_group_size=group)
-        prefill = prefill or choose_prefill(anyone, prefills, now_s=now_s, max_group_size=group)
+        handover_s = self._handover_s(ask, prefills, decode.worker_id)
+        prefill = choose_prefill(ask, prefills, now_s=now_s, max_group_size=group, handover_s=handover_s)
+        prefill = prefill or choose_prefill(anyone, prefills, now_s=now_s, max_group_size=group, handover_s=handover_s)
         assert prefill is not None
         source, target = self._pool.prefill[prefill.worker_id], self._pool.decode[decode.worker_id]
         is_idle = source.busy_until_s <= now_s and decode.wait_s == 0
@@ -109,6 +112,14 @@ class Dispatcher:
         target.promise(sequence_id, _promise(ask, now_s))
         self._steering.arrived(busy_s, now_s)
         return source, target, forecast
+
+    def _handover_s(self, ask: AskView, prefills: Iterable[PrefillWorkerView], target: WorkerId) -> dict[WorkerId, float]:
+        """Seconds that the prompt's KV takes from each worker to the one that decodes; empty where no links are known."""
+        if self.link is None:
+            return {}
+        nbytes = ask.kv_bytes * ask.num_prompt_tokens / (ask.num_prompt_tokens + ask.num_output_tokens)
+        links = {view.worker_id: self.link(view.worker_id, target) for view in prefills if view.worker_id != target}
+        return {worker_id: nbytes / BYTES_PER_S[link] for worker_id, link in links.items() if link is not None}
 
     def _ask_view(self, request: Request, ask: Admit, record: ModelRecord) -> AskView:
         num_output_tokens = max(1, min(ask.max_tokens, round(record.mean_output_tokens)))

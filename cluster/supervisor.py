@@ -83,6 +83,8 @@ class Supervisor:
     async def _bring_up(self) -> None:
         self._seating = await self._launcher.seat(self.config, self._places)
         log.info("devices.chosen %s", self._seating.describe())
+        if any(seat.slot is not None for seat in self._seating.seats.values()):
+            self.controller.place_near(self._seating.link)
         layout, store = weight_layout(self.config, self._seating.devices), self.config.store
         await self._launcher.start_stores(store.budget_bytes, store.kv_bytes, layout, self.config.security.cluster_token)
         async with asyncio.TaskGroup() as group:
@@ -262,7 +264,8 @@ class Supervisor:
 
     async def topology(self) -> dict[str, Any]:
         """Workers, models and totals as plain data, for /ready, the console and metrics."""
-        return {**asdict(self.controller.topology()), "stats": asdict(self.controller.stats())}
+        topology, stats = asdict(self.controller.topology()), asdict(self.controller.stats())
+        return {**topology, "devices": self._seating.plain(), "stats": stats}
 
     async def timeline(self, look: LookBack) -> dict[str, Any]:
         """What every worker did lately, as plain data (`timelines.py`): they are asked when somebody looks, not with each poll."""

@@ -34,11 +34,20 @@ class DecodeChoice:
     tpot_s: float  # predicted
 
 
-def choose_prefill(ask: AskView, workers: Iterable[PrefillWorkerView], *, now_s: float, max_group_size: int = 8) -> PrefillChoice | None:
+def choose_prefill(
+    ask: AskView,
+    workers: Iterable[PrefillWorkerView],
+    *,
+    now_s: float,
+    max_group_size: int = 8,
+    handover_s: Mapping[WorkerId, float] | None = None,
+) -> PrefillChoice | None:
     """Join a waiting group of the same model if that is sooner than anything that a switch elsewhere would buy.
 
     A switch counts twice: for the time that this prompt waits for it, and for the same time that it takes from everyone behind. A cached
-    prefix counts for the seconds that computing it would take. None when every worker is excluded.
+    prefix counts for the seconds that computing it would take. `handover_s` is what bringing the KV to its decode worker takes from each,
+    where that differs: it counts once, for the transfers of others wait behind it, though most of it hides behind this prefill.
+    None when every worker is excluded.
     """
     best: tuple[float, WorkerId] | None = None
     choice: PrefillChoice | None = None
@@ -53,7 +62,7 @@ def choose_prefill(ask: AskView, workers: Iterable[PrefillWorkerView], *, now_s:
         is_free = joins or (ask.model in worker.resident and not num_waiting)
         switch_s = 0.0 if is_free else ask.weight_bytes / worker.switch_bytes_per_s
         finish_s = max(0.0, worker.busy_until_s - now_s) + switch_s + prefill_s
-        rank = (finish_s + switch_s, worker.worker_id)
+        rank = (finish_s + switch_s + (handover_s or {}).get(worker.worker_id, 0.0), worker.worker_id)
         if best is None or rank < best:
             best = rank
             choice = PrefillChoice(worker_id=worker.worker_id, finish_s=finish_s, prefill_s=prefill_s, switch_s=switch_s, joins=joins)

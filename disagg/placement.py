@@ -28,6 +28,17 @@ class Link(enum.IntEnum):
     SAME = 5  # one GPU, shared
 
 
+# Bytes a second of KV over each, roughly: to tell a near worker from a far one, not to predict a transfer.
+BYTES_PER_S = {
+    Link.NETWORK: 5e9,
+    Link.SYSTEM: 10e9,
+    Link.SOCKET: 15e9,
+    Link.PCIE: 20e9,
+    Link.NVLINK: 150e9,
+    Link.SAME: 1e12,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
     """GPUs that one gang may have: those of each of its hosts. A worker never spans hosts."""

@@ -8,6 +8,7 @@ from controller_bench import Bench, load, spec
 from polymux.cluster.config import ClusterConfig
 from polymux.cluster.controller import Controller
 from polymux.cluster.topology import ModelState, WorkerState
+from polymux.disagg.placement import Link
 from polymux.transport.errors import (
     ConfigError,
     Overloaded,
@@ -148,3 +149,15 @@ def test_front_doors_are_bounded(bench: Bench) -> None:
     with pytest.raises(Overloaded, match="front doors"):
         for i in range(2000):
             bench.controller.client_seen(ClientId(f"c{i}"))
+
+
+def test_prompts_are_computed_near_the_workers_that_decode_them() -> None:
+    bench = Bench()
+    bench.controller.register(spec("a"))
+    for worker_id in ("p0", "p1", "d0", "d1"):
+        bench.report(worker_id, bench.join(worker_id))
+    bench.controller.place_near(lambda one, other: Link.NVLINK if one[1:] == other[1:] else Link.NETWORK)
+    for away, near in (("d0", "1"), ("d1", "0")):
+        placement = bench.admit(f"not-{away}", excluded=(WorkerId(away),))
+        assert [placement.prefill[0].worker_id, placement.decode[0].worker_id] == [f"p{near}", f"d{near}"]
+        bench.release(f"not-{away}")

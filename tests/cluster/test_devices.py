@@ -51,7 +51,7 @@ def test_what_a_pool_asks_for_it_gets() -> None:
 
 
 def test_both_pools_compute_on_the_same_kind_of_device() -> None:
-    for wish in ({"device": "cpu"}, {"num_gpus": 0}):
+    for wish in ({"device": "cpu"}, {"num_gpus": 0}, {"tensor_parallel": 2}):
         chosen = choose(config({}, wish), [host(4)])
         assert {one.device for one in chosen.values()} == {"cpu"}
         assert "the decode pool is" in chosen[Role.PREFILL].why
@@ -69,6 +69,7 @@ def test_gpus_that_only_a_scheduler_knows_are_reserved_and_not_computed_on() -> 
         ({"device": "cuda"}, (host(1, why_unusable="torch finds none"),), "torch finds none"),
         ({"device": "cuda", "num_gpus": 0}, (host(1),), "num_gpus=0"),
         ({"device": "cuda"}, (host(1),), "KV does not move between them"),
+        ({"device": "cuda", "tensor_parallel": 2}, (host(2),), "several ranks compute on CPUs only"),
         ({"workers": 20}, (host(1),), "at most 8 can share one"),
         ({"num_gpus": 1}, (host(1),), "would share 0 GPUs"),
     ],

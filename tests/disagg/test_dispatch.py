@@ -239,3 +239,13 @@ def test_a_prefix_never_makes_a_prompt_dearer_nor_free(marks: list[int], cached:
     )
     assert cold is not None and warm is not None
     assert 0.002 - 1e-9 <= warm.prefill_s <= cold.prefill_s + 1e-12
+
+
+def test_a_near_worker_is_preferred_by_the_seconds_of_its_handover() -> None:
+    far_first = {WorkerId("p0"): 0.05, WorkerId("p1"): 0.001}
+    both = [prefill("p0", resident=(A,)), prefill("p1", resident=(A,))]
+    chosen = choose_prefill(ASK, both, now_s=100.0, handover_s=far_first)
+    assert chosen is not None and chosen.worker_id == "p1"
+    busy = [both[0], replace(both[1], busy_until_s=100.06)]
+    later = choose_prefill(ASK, busy, now_s=100.0, handover_s=far_first)
+    assert later is not None and later.worker_id == "p0" and later.finish_s == pytest.approx(0.1)
