@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from polymux.kernels.gpu.config import MIN_SPLIT_KEYS, Chip, Tiles, padded_dim
-from polymux.kernels.gpu.staging import Staging, Words
+from polymux.kernels.gpu.staging import ALIGNMENT, Staging, Words
 from polymux.kernels.gpu.work import ITEM_WORDS, Queries, Split, TileConfig, cut, num_parts, padding_items
 from polymux.kernels.paged import CacheShape, Span
 
@@ -83,8 +83,10 @@ class StepPlanner:
 
     def num_words(self, num_rows: int, num_blocks: int, num_windows: int = 1) -> int:
         """Words of staging that any step of so many rows over so many blocks of context takes."""
-        items = num_rows + 2 * self._extra + 2 * self._num_sms
-        return 4 + 2 * (num_rows + 4) + num_windows * 2 * (items * ITEM_WORDS + 4) + num_blocks + 4
+        tiles_per_row = -(-self._group // min(self._tiles.decode.block_m, self._tiles.prefill.block_m))
+        items = num_rows * tiles_per_row + self._extra + self._num_sms
+        num_pieces = 4 + 2 * num_windows
+        return 1 + 2 * num_rows + num_windows * items * ITEM_WORDS + num_blocks + 1 + num_pieces * ALIGNMENT
 
     def plan(self, spans: Sequence[Span], windows: Iterable[int | None], staging: Staging, num_rows: int | None = None) -> StepPlan:
         """`spans` in any order, their rows disjoint and from 0 on; `num_rows` pads them. Between `staging.begin` and `staging.send`.

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymux.actors.model_runner import SequenceSlice
@@ -27,6 +27,7 @@ def queries_of(sizes: list[tuple[int, int]]) -> Queries:
     return Queries(starts=np.cumsum(tokens) - tokens, contexts=contexts, tokens=tokens, tables=np.arange(len(sizes)))
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3000)), max_size=4),
     group=st.integers(1, 8),
@@ -51,6 +52,7 @@ def test_items_cover_every_visible_key_of_every_row_once(sizes: list[tuple[int, 
     assert len(items) <= num_tiles + extra
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 5000)), max_size=5), extra=st.integers(0, 60))
 def test_parts_of_a_tile_are_numbered_apart_from_those_of_any_other(sizes: list[tuple[int, int]], extra: int) -> None:
     items = cut(queries_of(sizes), 2, None, CONFIG, Split(min_keys=64, extra=extra))
@@ -70,8 +72,9 @@ def test_even_contexts_are_cut_into_even_parts() -> None:
     assert set((items[:, 6] - items[:, 5]).tolist()) == {704, 640}
 
 
-def planner(workspace_bytes: int = 1 << 20) -> StepPlanner:
-    return StepPlanner(CacheShape(2, 2, 16, 64), 8, 2, Workspace(CPU, workspace_bytes), chip=Chip(num_sms=16, shared_bytes=227 << 10))
+def planner(workspace_bytes: int = 1 << 20, num_heads: int = 8, item_bytes: int = 2) -> StepPlanner:
+    shape, chip = CacheShape(2, 2, 16, 64), Chip(num_sms=16, shared_bytes=227 << 10)
+    return StepPlanner(shape, num_heads, item_bytes, Workspace(CPU, workspace_bytes), chip=chip)
 
 
 def test_a_plan_says_where_each_token_stands_and_where_its_kv_goes() -> None:
@@ -90,14 +93,22 @@ def test_a_plan_says_where_each_token_stands_and_where_its_kv_goes() -> None:
     assert plan.attention[8].window == 8 and plan.attention[None].window is None
 
 
-@given(sizes=st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 300)), st.integers(0, 4000)), max_size=6), padding=st.integers(0, 9))
-def test_a_step_fits_the_words_that_were_asked_for_and_the_workspace(sizes: list[tuple[int, int]], padding: int) -> None:
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 300)), st.integers(0, 4000)), max_size=6),
+    padding=st.integers(0, 9),
+    num_heads=st.sampled_from([2, 8, 142]),
+    item_bytes=st.sampled_from([2, 4]),
+)
+def test_a_step_fits_the_words_that_were_asked_for_and_the_workspace(
+    sizes: list[tuple[int, int]], padding: int, num_heads: int, item_bytes: int
+) -> None:
     ends = np.cumsum([0, *(tokens for tokens, _ in sizes)]).tolist()
     spans = [
         SequenceSlice(start=start, num_tokens=tokens, context_len=context, block_ids=range(-(-(tokens + context) // 16)))
         for start, (tokens, context) in zip(ends, sizes, strict=False)
     ]
-    subject, num_rows = planner(1 << 19), ends[-1] + padding
+    subject, num_rows = planner(1 << 19, num_heads, item_bytes), ends[-1] + padding
     staging = Staging(subject.num_words(num_rows, sum(len(s.block_ids) for s in spans), 2), CPU)
     staging.begin()
     plan = subject.plan(spans, [None, 100], staging, num_rows)
