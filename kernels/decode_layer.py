@@ -7,71 +7,21 @@ meeting; products are split by blocks of weight rows, attention by sequence and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 import numpy as np
 from numba import carray, from_dtype, types
 
 from polymux.kernels import packed_dot
-from polymux.kernels.decode_records import CALL, GROUP_LINES, SLOTS
-from polymux.kernels.packed_dot import DOT_ROWS, LANES, MAX_ROWS, bits_of_float, configure_tiles, float_of_bits, pointer, release_tiles
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_ZERO, _ONE, _HALF, _LOWEST = np.float32(0), np.float32(1), np.float32(0.5), np.float32("-inf")
-_LOG2_E, _LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
-_E5, _E4, _E3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)  # Cephes' polynomial of expf
-_E2, _E1, _E0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-_LEAST, _MOST = np.float32(-87), np.float32(88)
+from polymux.kernels.decode_attention import attend
+from polymux.kernels.decode_math import ONE, OPTIONS, ZERO, exp, floats, halves, jit, narrow, widen
+from polymux.kernels.decode_records import CALL, GROUP_LINES
+from polymux.kernels.packed_dot import DOT_ROWS, LANES, MAX_ROWS, configure_tiles, release_tiles
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 _barrier = types.ExternalFunction("GOMP_barrier", types.void())
-
-
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "boundscheck": False}
-
-
-def jit(function: F) -> F:
-    return cast(F, numba.njit(nogil=True, **_OPTIONS)(function))
-
-
-@jit
-def _widen(half: Any) -> Any:
-    """bf16 bits as fp32."""
-    return float_of_bits(np.int32(np.int64(half) << 16))
-
-
-@jit
-def _narrow(value: Any) -> Any:
-    """fp32 as bf16 bits, to nearest even."""
-    bits = bits_of_float(value)
-    return np.uint16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) if value == value else np.uint16(0x7FC0)
-
-
-@jit
-def _exp(x: Any) -> Any:
-    x = min(max(x, _LEAST), _MOST)
-    power = np.floor(x * _LOG2_E + _HALF)
-    x = x - power * _LN_2
-    series = ((((_E5 * x + _E4) * x + _E3) * x + _E2) * x + _E1) * x + _E0
-    return (series * x * x + x + _ONE) * float_of_bits(np.int32((np.int32(power) + 127) << 23))
-
-
-@jit
-def _halves(address: Any, size: Any) -> Any:
-    return carray(pointer(address), (size,), np.uint16)
-
-
-@jit
-def _floats(address: Any, size: Any) -> Any:
-    return carray(pointer(address), (size,), np.float32)
-
-
-@jit
-def _integers(address: Any, size: Any) -> Any:
-    return carray(pointer(address), (size,), np.int64)
 
 
 def _dots(blocks: int, lines: int) -> Callable[..., None]:
@@ -150,9 +100,9 @@ def _end(step: Any) -> None:
 @jit
 def _add_bias(m: Any, start: Any, sums: Any, count: Any) -> None:
     if m.bias:
-        bias = _halves(m.bias + 2 * start, count)
+        bias = halves(m.bias + 2 * start, count)
         for i in range(count):
-            sums[i] += _widen(bias[i])
+            sums[i] += widen(bias[i])
 
 
 @jit
@@ -168,16 +118,16 @@ def _product(m: Any, step: Any, x: Any, scratch: Any, member: Any, team: Any, ou
                 start = (first + i * apart) * size
                 count = min(size, m.rows - start)
                 for row in range(step.rows):
-                    sums = _floats(scratch + 4 * (i * MAX_ROWS + row) * size, count)
+                    sums = floats(scratch + 4 * (i * MAX_ROWS + row) * size, count)
                     _add_bias(m, start, sums, count)
                     if kind == 1:
-                        into = _halves(out + 2 * (row * m.rows + start), count)
+                        into = halves(out + 2 * (row * m.rows + start), count)
                         for j in range(count):
-                            into[j] = _narrow(sums[j] + _widen(into[j]))
+                            into[j] = narrow(sums[j] + widen(into[j]))
                     else:
-                        found = _floats(out + 4 * (row * m.rows + start), count)
+                        found = floats(out + 4 * (row * m.rows + start), count)
                         for j in range(count):
-                            found[j] = _widen(_narrow(sums[j])) if kind == 2 else sums[j]
+                            found[j] = widen(narrow(sums[j])) if kind == 2 else sums[j]
         block += apart * blocks
         blocks //= 2
     _end(step)
@@ -199,12 +149,12 @@ def _gated(gate: Any, up: Any, step: Any, x: Any, scratch: Any, member: Any, tea
         start = block * size
         count = min(size, gate.rows - start)
         for row in range(step.rows):
-            gates, ups = _floats(scratch + 4 * row * size, count), _floats(other + 4 * row * size, count)
+            gates, ups = floats(scratch + 4 * row * size, count), floats(other + 4 * row * size, count)
             _add_bias(gate, start, gates, count)
             _add_bias(up, start, ups, count)
-            out = _halves(step.hidden + 2 * (row * pitch + start), count)
+            out = halves(step.hidden + 2 * (row * pitch + start), count)
             for j in range(count):
-                out[j] = _narrow(gates[j] * ups[j] / (_ONE + _exp(-gates[j])))
+                out[j] = narrow(gates[j] * ups[j] / (ONE + exp(-gates[j])))
     _end(step)
 
 
@@ -212,143 +162,29 @@ def _gated(gate: Any, up: Any, step: Any, x: Any, scratch: Any, member: Any, tea
 def _norm(step: Any, weight: Any, pitch: Any, member: Any) -> Any:
     """The RMSNorm of `step.x` in this thread's own memory, rows `pitch` apart."""
     normed = step.normed + 2 * MAX_ROWS * pitch * member
-    scale = _halves(weight, step.size)
+    scale = halves(weight, step.size)
     for row in range(step.rows):
-        x, out = _halves(step.x + 2 * row * step.size, step.size), _halves(normed + 2 * row * pitch, step.size)
-        total = _ZERO
+        x, out = halves(step.x + 2 * row * step.size, step.size), halves(normed + 2 * row * pitch, step.size)
+        total = ZERO
         for i in range(step.size):
-            total += _widen(x[i]) * _widen(x[i])
-        inverse = _ONE / np.sqrt(total / np.float32(step.size) + step.eps)
+            total += widen(x[i]) * widen(x[i])
+        inverse = ONE / np.sqrt(total / np.float32(step.size) + step.eps)
         for i in range(step.size):
-            out[i] = _narrow(_widen(_narrow(_widen(x[i]) * inverse)) * _widen(scale[i]))
+            out[i] = narrow(widen(narrow(widen(x[i]) * inverse)) * widen(scale[i]))
     return normed
 
 
 @jit
-def _turn(step: Any, row: Any, head: Any, norms: Any, scale: Any) -> Any:
-    """One head of q or k, in place: its norm where there is one, its rotation, and a factor."""
-    size = step.head_dim
-    half = size // 2
-    heads = step.num_heads + 2 * step.num_kv_heads
-    x = _floats(step.heads + 4 * (row * heads + head) * size, size)
-    if norms:
-        weight = _halves(norms + 2 * head * size, size)
-        total = _ZERO
-        for i in range(size):
-            total += x[i] * x[i]
-        inverse = _ONE / np.sqrt(total / np.float32(size) + step.eps)
-        for i in range(size):
-            x[i] = x[i] * inverse * _widen(weight[i])
-    cos, sin = _halves(step.cos + 2 * row * size, size), _halves(step.sin + 2 * row * half, half)
-    for i in range(half):
-        first, second, c, s = x[i], x[half + i], _widen(cos[i]) * scale, _widen(sin[i]) * scale
-        x[i] = first * c - second * s
-        x[half + i] = second * c + first * s
-    return x
-
-
-@jit
-def _write(step: Any, start: Any, slot: Any, values: Any) -> None:
-    """One head of a token into its slot of the strip at `start`; a token that begins a block clears what comes after it."""
-    size = step.head_dim
-    rest = (step.slots - slot) * size if slot == 0 else size
-    strip = _halves(start + 2 * slot * size, rest)
-    for i in range(size):
-        strip[i] = _narrow(values[i])
-    for i in range(size, rest):
-        strip[i] = 0
-
-
-_slot_dots = packed_dot.slot_dots()
-_slot_sums_4, _slot_sums_2, _slot_sums_1 = (packed_dot.slot_sums(heads, SLOTS) for heads in (4, 2, 1))
-
-
-@jit
-def _attend(layer: Any, step: Any, row: Any, head: Any, scratch: Any) -> None:
-    """The query heads of one KV head of one sequence, its new K and V being written first; one pass over the slots, SLOTS at a time."""
-    size, group = step.head_dim, step.num_heads // step.num_kv_heads
-    length = _integers(step.lengths, step.rows)[row]
-    table = _integers(step.tables + 8 * row * step.table_size, step.table_size)
-    strip_bytes = 2 * step.slots * size
-    keys, values = layer.k + head * strip_bytes, layer.v + head * strip_bytes
-    newest = table[length // step.slots] * step.block_bytes
-    heads = step.num_heads + 2 * step.num_kv_heads
-    v = _floats(step.heads + 4 * (row * heads + heads - step.num_kv_heads + head) * size, size)
-    _write(step, keys + newest, length % step.slots, _turn(step, row, step.num_heads + head, layer.head_norms, _ONE))
-    _write(step, values + newest, length % step.slots, v)
-    sums, out = scratch, _floats(scratch, group * size)
-    scratch += 4 * group * size
-    scores, queries = _floats(scratch, group * SLOTS), scratch + 4 * group * SLOTS
-    highest, totals = _floats(queries + 2 * group * size, group), _floats(queries + 2 * group * size + 4 * group, group)
-    for g in range(group):
-        turned = _turn(step, row, head * group + g, layer.head_norms, step.scale)
-        query = _halves(queries + 2 * g * size, size)
-        for i in range(size):
-            query[i] = _narrow(turned[i])
-    out[:] = _ZERO
-    highest[:] = _LOWEST
-    totals[:] = _ZERO
-    first = max(0, length + 1 - layer.window) if layer.window else 0
-    for base in range(first // LANES * LANES, length + 1, SLOTS):
-        start, stop = max(first - base, 0), min(length + 1 - base, SLOTS)
-        for j in range(0, stop, LANES):
-            slot = base + j
-            strip = keys + table[slot // step.slots] * step.block_bytes + 2 * (slot % step.slots) * size
-            for g in range(group):
-                _slot_dots(strip, 2 * size, queries + 2 * g * size, size // 2, scratch + 4 * (g * SLOTS + j))
-        for g in range(group):
-            _weigh(scores[g * SLOTS + start : g * SLOTS + stop], highest, totals, g, out[g * size : (g + 1) * size])
-        _add_values(step, values, table, base, start, stop, scratch, sums)
-    attended = _halves(step.attended + 2 * (row * 2 * layer.output.pairs + head * group * size), group * size)
-    for line in range(0, group * size, 2 * LANES):
-        inverse = _ONE / totals[line // size]
-        for i in range(LANES):
-            attended[line + 2 * i] = _narrow(out[line + i] * inverse)
-            attended[line + 2 * i + 1] = _narrow(out[line + LANES + i] * inverse)
-
-
-@jit
-def _add_values(step: Any, values: Any, table: Any, base: Any, start: Any, stop: Any, weights: Any, out: Any) -> None:
-    """V of slots [base + start, base + stop) by their weights; every 32 columns of `out` have the even ones before the odd ones."""
-    size, group = step.head_dim, step.num_heads // step.num_kv_heads
-    while start < stop:
-        slot = base + start
-        count = min(stop - start, step.slots - slot % step.slots)
-        strip = values + table[slot // step.slots] * step.block_bytes + 2 * (slot % step.slots) * size
-        for column in range(0, size, 2 * LANES):
-            head = 0
-            while head < group:
-                at, into = weights + 4 * (head * SLOTS + start), out + 4 * (head * size + column)
-                if group - head > 3:
-                    _slot_sums_4(strip + 2 * column, 2 * size, at, count, into)
-                    head += 4
-                elif group - head > 1:
-                    _slot_sums_2(strip + 2 * column, 2 * size, at, count, into)
-                    head += 2
-                else:
-                    _slot_sums_1(strip + 2 * column, 2 * size, at, count, into)
-                    head += 1
-        start += count
-
-
-@jit
-def _weigh(scores: Any, highest: Any, totals: Any, g: Any, out: Any) -> None:
-    """Scores become weights against the highest so far; what was summed against a lower one shrinks."""
-    top = highest[g]
-    for i in range(scores.size):
-        top = max(top, scores[i])
-    if top > highest[g]:
-        shrink = _exp(highest[g] - top)
-        totals[g] *= shrink
-        for i in range(out.size):
-            out[i] *= shrink
-        highest[g] = top
-    total = _ZERO
-    for i in range(scores.size):
-        weight = _exp(scores[i] - top)
-        scores[i] = weight
-        total += weight
-    totals[g] += total
+def _attend_all(layer: Any, step: Any, scratch: Any, member: Any, team: Any) -> None:
+    """This thread's sequences and KV heads."""
+    items = step.rows * step.num_kv_heads
+    last = items * (member + 1) // team - 1
+    if step.wide_tiles != 0:
+        configure_tiles(step.wide_tiles)
+    for item in range(items * member // team, last + 1):
+        attend(layer, step, item, min(item + 1, last), scratch)
+    if step.wide_tiles != 0:
+        release_tiles()
 
 
 def layer(address: Any) -> None:
@@ -359,9 +195,7 @@ def layer(address: Any) -> None:
     normed = _norm(step, layer.input_norm, 2 * layer.qkv.pairs, member)
     _product(layer.qkv, step, normed, scratch, member, team, step.heads, 0)
     _barrier()
-    items = step.rows * step.num_kv_heads
-    for item in range(items * member // team, items * (member + 1) // team):
-        _attend(layer, step, item // step.num_kv_heads, item % step.num_kv_heads, scratch)
+    _attend_all(layer, step, scratch, member, team)
     _barrier()
     _product(layer.output, step, step.attended, scratch, member, team, step.x, 1)
     _barrier()
@@ -381,7 +215,7 @@ def predict(address: Any) -> None:
 
 def compile_both(cache_folder: str | None) -> tuple[Any, Any]:
     """`layer` and `predict` as C functions of one address of a CALL. Takes seconds, unless an earlier process left them in the folder."""
-    options = {"nopython": True, "cache": cache_folder is not None, **_OPTIONS}
+    options = {"nopython": True, "cache": cache_folder is not None, **OPTIONS}
     signature = types.void(types.CPointer(from_dtype(CALL)))
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, cache_folder or ""
     try:

@@ -17,11 +17,12 @@ LAYER = np.dtype(
 """`k` and `v` are where this layer's head 0 lies in the cache's first block; `window` is 0 for none."""
 
 STEP = np.dtype(
-    [(name, "i8") for name in ("rows", "size", "num_heads", "num_kv_heads", "head_dim", "slots", "block_bytes", "tiles")]
+    [(name, "i8") for name in ("rows", "size", "num_heads", "num_kv_heads", "head_dim", "slots", "block_bytes", "tiles", "wide_tiles")]
     + [(name, "i8") for name in ("x", "heads", "attended", "hidden", "logits", "normed", "scratch", "scratch_bytes")]
     + [(name, "i8") for name in ("tables", "table_size", "lengths", "cos", "sin")]
     + [(name, "f4") for name in ("eps", "scale")]
 )
-"""`size` is the model's width, `tiles` the address of their configuration. `normed` and `scratch` have a part for each thread."""
+"""`size` is the model's width. `tiles` is the address of their configuration for the rows, `wide_tiles` of attention's; 0 where a CPU has
+none. `normed` and `scratch` have a part for each thread."""
 
 CALL = np.dtype([("layer", LAYER), ("step", STEP)])

@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ MAX_ROWS = 16
 MAX_ROWS_WITHOUT_TILES = 8  # then the products of more rows are bound by arithmetic, and torch does as well
 LANES = 16
 COMPILE_S = 120.0  # to wait for another process that compiles
+SOURCES = ("decode_layer.py", "decode_attention.py", "decode_math.py", "packed_dot.py", "decode_records.py")  # of the compiled code
 
 
 class Layer(Protocol):
@@ -106,14 +107,18 @@ class FewRows:
         self._num_threads = 0
         self.max_rows = MAX_ROWS if self._compiled.tiles[1] is not None else MAX_ROWS_WITHOUT_TILES
 
+    def without_tiles(self) -> None:
+        """From now on as on a CPU that has none."""
+        self._compiled = replace(self._compiled, tiles=(None,) * (MAX_ROWS + 1))
+        self.max_rows = MAX_ROWS_WITHOUT_TILES
+
     def _first_step(self, shape: CacheShape, heads: Heads) -> Any:
         step = np.zeros(1, STEP)[0]
         step["size"], step["num_heads"], step["num_kv_heads"] = self._size, heads.num_heads, shape.num_kv_heads
         step["head_dim"], step["slots"] = shape.head_dim, shape.block_size
         step["block_bytes"] = 2 * shape.strips_per_block * shape.block_size * shape.head_dim
         step["eps"], step["scale"] = heads.eps, heads.scale
-        group = heads.num_heads // shape.num_kv_heads
-        attention = 2 * group * shape.head_dim + group * (SLOTS + 2)
+        attention = LANES * (2 * shape.head_dim + SLOTS + 4)
         step["scratch_bytes"] = -(-4 * max(GROUP_LINES * LANES * MAX_ROWS, attention) // 64) * 64
         return step
 
@@ -146,13 +151,14 @@ class FewRows:
             row[: len(table)] = table
         counts = np.array(lengths, np.int64)
         logits = torch.empty(num_rows, self._vocab_size)
-        tiles = self._compiled.tiles[num_rows]
+        tiles, wide_tiles = self._compiled.tiles[num_rows], self._compiled.tiles[MAX_ROWS]
         step = self._step
         step["rows"], step["table_size"] = num_rows, longest
         step["tables"], step["lengths"] = padded.ctypes.data, counts.ctypes.data
         step["x"], step["cos"], step["sin"], step["logits"] = (_address(tensor) for tensor in (x, cos, sin, logits))
         step["tiles"] = tiles.ctypes.data if tiles is not None else 0
-        self._alive = (x, cos, sin, padded, counts, tiles)
+        step["wide_tiles"] = wide_tiles.ctypes.data if wide_tiles is not None else 0
+        self._alive = (x, cos, sin, padded, counts, tiles, wide_tiles)
         self._logits = logits
 
     def layer(self, i: int) -> None:
@@ -217,7 +223,7 @@ def compiled() -> Compiled:
 
 def _cache_folder() -> str | None:
     """Where compiled code outlives the process, by the sources it came from; None when there is no such place."""
-    sources = [Path(__file__).with_name(name).read_bytes() for name in ("decode_layer.py", "packed_dot.py", "decode_records.py")]
+    sources = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
     folder = (
         Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polymux" / hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     )

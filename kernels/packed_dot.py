@@ -19,6 +19,7 @@ LANES = 16
 LINE_BYTES = 64
 MAX_ROWS = 16  # of x
 DOT_ROWS = 4  # of x at once, without tiles
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)  # Cephes' expf
 TILE_PAIRS = 16  # column pairs that a tile holds
 TILES_OF_SUMS = 4  # then come three of weights and one of x
 DOTS_AHEAD_BYTES = 2048  # in each stream; measured, as what follows
@@ -76,6 +77,10 @@ def _broadcast(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(builder.insert_element(undefined, value, _I32(0)), undefined, ir.Constant(_INTS, [0] * LANES))
 
 
+def _constant(value: float) -> Any:
+    return ir.Constant(_FLOATS, [value] * LANES)
+
+
 class _PairLoop:
     """`for k in range(0, pairs, step)`: the builder stands in its body until `close`."""
 
@@ -89,11 +94,14 @@ class _PairLoop:
         self.k.add_incoming(_I64(0), self._before)
 
     def totals(self, count: int) -> list[Any]:
-        zero = ir.Constant(_FLOATS, [0.0] * LANES)
-        totals = [self._builder.phi(_FLOATS) for _ in range(count)]
-        for total in totals:
-            total.add_incoming(zero, self._before)
-        return totals
+        return self.carry([_constant(0.0)] * count)
+
+    def carry(self, values: list[Any]) -> list[Any]:
+        """What goes from one time round to the next, by what it begins with."""
+        carried = [self._builder.phi(_FLOATS) for _ in values]
+        for phi, value in zip(carried, values, strict=True):
+            phi.add_incoming(value, self._before)
+        return carried
 
     def close(self, totals: list[Any], sums: list[Any]) -> None:
         builder, after = self._builder, self._builder.append_basic_block("after")
@@ -201,10 +209,87 @@ def slot_dots() -> Callable[..., None]:
     return _function("slot_dots", generate)
 
 
-def slot_sums(num_heads: int, weights_pitch: int) -> Callable[..., None]:
+def slot_tiles() -> Callable[..., None]:
+    """(keys, stride, q, pairs, out): LANES rows of bf16, `stride` bytes apart, by LANES packed queries; a line of sums for each row.
+
+    The tiles are whole ones. `pairs` is a multiple of TILE_PAIRS.
+    """
+
+    def generate(builder: Any, keys: Any, stride: Any, q: Any, pairs: Any, out: Any) -> None:
+        if not HAS_TILES:
+            return
+        keys, q, out = (builder.inttoptr(start, _BYTES) for start in (keys, q, out))
+        _call(builder, "llvm.x86.tilezero", _VOID, _I8(0))
+        loop = _PairLoop(builder, pairs, TILE_PAIRS)
+        _call(builder, "llvm.x86.tileloadd64", _VOID, _I8(4), builder.gep(keys, [builder.mul(loop.k, _I64(4))]), stride)
+        _call(builder, "llvm.x86.tileloadd64", _VOID, _I8(5), builder.gep(q, [builder.mul(loop.k, _I64(LINE_BYTES))]), _I64(LINE_BYTES))
+        _call(builder, "llvm.x86.tdpbf16ps", _VOID, _I8(0), _I8(4), _I8(5))
+        loop.close([], [])
+        _call(builder, "llvm.x86.tilestored64", _VOID, _I8(0), out, _I64(LINE_BYTES))
+
+    return _function("slot_tiles", generate)
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """Of numbers that are not above 0, by Cephes' polynomial."""
+
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        return _call(builder, "llvm.fma.v16f32", _FLOATS, a, b, c)
+
+    least = _constant(-87.0)
+    x = builder.select(builder.fcmp_ordered(">", x, least), x, least)
+    power = _call(builder, "llvm.floor.v16f32", _FLOATS, fma(x, _constant(1.4426950408889634), _constant(0.5)))
+    x = fma(power, _constant(-0.6931471805599453), x)
+    series = _constant(EXP[0])
+    for coefficient in EXP[1:]:
+        series = fma(series, x, _constant(coefficient))
+    value = builder.fadd(fma(builder.fmul(series, x), x, x), _constant(1.0))
+    exponent = builder.add(builder.fptosi(power, _INTS), ir.Constant(_INTS, [127] * LANES))
+    return builder.fmul(value, builder.bitcast(builder.shl(exponent, ir.Constant(_INTS, [23] * LANES)), _FLOATS))
+
+
+def slot_weights() -> Callable[..., None]:
+    """(scores, count, state, 0, 0): `count` lines of scores, a lane for each head, become weights against the highest so far.
+
+    The state is three lines: the highest, the sum of the weights, and what sums against the highest before are to be multiplied by.
+    """
+
+    def generate(builder: Any, scores: Any, count: Any, state: Any, *_: Any) -> None:
+        scores, state = builder.inttoptr(scores, _BYTES), builder.inttoptr(state, _BYTES)
+
+        def line(start: Any, number: Any) -> Any:
+            return builder.bitcast(builder.gep(start, [builder.mul(number, _I64(LINE_BYTES))]), _FLOATS.as_pointer())
+
+        def load(place: Any) -> Any:
+            loaded = builder.load(place)
+            loaded.align = 4
+            return loaded
+
+        before = load(line(state, _I64(0)))
+        loop = _PairLoop(builder, count, 1)
+        (highest,) = loop.carry([before])
+        row = load(line(scores, loop.k))
+        top = builder.select(builder.fcmp_ordered(">", row, highest), row, highest)
+        loop.close([highest], [top])
+        shrinking = _exp(builder, builder.fsub(before, top))
+        total = builder.fmul(load(line(state, _I64(1))), shrinking)
+        loop = _PairLoop(builder, count, 1)
+        (sum_before,) = loop.carry([total])
+        place = line(scores, loop.k)
+        weights = _exp(builder, builder.fsub(load(place), top))
+        builder.store(weights, place).align = 4
+        total = builder.fadd(sum_before, weights)
+        loop.close([sum_before], [total])
+        for number, value in enumerate((top, total, shrinking)):
+            builder.store(value, line(state, _I64(number))).align = 4
+
+    return _function("slot_weights", generate)
+
+
+def slot_sums(num_heads: int) -> Callable[..., None]:
     """(values, stride, weights, count, out): adds 32 columns of `count` rows of bf16, each row by its weight, to `out` of each head.
 
-    The even columns come before the odd ones. Rows are `stride` bytes apart, heads of `out` twice that, of weights `weights_pitch`.
+    The even columns come before the odd ones. Rows are `stride` bytes apart, heads of `out` twice that; weights are a line for each row.
     """
 
     def generate(builder: Any, values: Any, stride: Any, weights: Any, count: Any, out: Any) -> None:
@@ -217,7 +302,7 @@ def slot_sums(num_heads: int, weights_pitch: int) -> Callable[..., None]:
         odd = builder.bitcast(builder.and_(row, ir.Constant(_INTS, [0xFFFF0000] * LANES)), _FLOATS)
         sums: list[Any] = []
         for head in range(num_heads):
-            place = builder.add(builder.mul(loop.k, _I64(4)), _I64(4 * weights_pitch * head))
+            place = builder.add(builder.mul(loop.k, _I64(LINE_BYTES)), _I64(4 * head))
             weight = builder.load(builder.bitcast(builder.gep(weights, [place]), _I32.as_pointer()))
             factor = builder.bitcast(_broadcast(builder, weight), _FLOATS)
             sums += [_call(builder, "llvm.fma.v16f32", _FLOATS, half, factor, totals[len(sums) + i]) for i, half in enumerate((even, odd))]
@@ -280,6 +365,17 @@ def tile_configuration(num_rows: int) -> bytes:
     """Sums and x have `num_rows` rows, weights TILE_PAIRS; all are 64 bytes wide."""
     rows = [num_rows] * TILES_OF_SUMS + [TILE_PAIRS] * 3 + [num_rows]
     return bytes([1]) + bytes(15) + LINE_BYTES.to_bytes(2, "little") * len(rows) + bytes(16) + bytes(rows) + bytes(8)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(context: Any, address: Any) -> Any:
+    """To the core's first cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _prefetch(builder, builder.inttoptr(arguments[0], _BYTES), 3)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

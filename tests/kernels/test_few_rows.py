@@ -58,6 +58,7 @@ class Case:
     lengths: list[int]
     window: int | None
     num_threads: int
+    may_use_tiles: bool
 
     def layer(self) -> Layer:
         heads, kv = self.num_kv_heads * self.group, self.num_kv_heads
@@ -73,7 +74,7 @@ class Case:
 cases = st.builds(
     Case,
     num_kv_heads=st.integers(1, 3),
-    group=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 7, 17]),
     head_dim=st.sampled_from([32, 64]),
     size=st.integers(8, 150),
     inner=st.integers(8, 300),
@@ -82,6 +83,7 @@ cases = st.builds(
     lengths=st.lists(st.integers(0, 200), min_size=1, max_size=MAX_ROWS),
     window=st.none() | st.integers(1, 100),
     num_threads=st.integers(1, 3),
+    may_use_tiles=st.booleans(),
 )
 
 
@@ -133,6 +135,8 @@ def test_a_step_is_what_the_reference_computes(case: Case, seed: int) -> None:
     expected = reference_layer(layer.wide(), x.float(), expected_kv, case, tables, cos.float(), sin.float())
     heads = Heads(num_heads=case.num_kv_heads * case.group, eps=EPS, scale=case.head_dim**-0.5, windows=[case.window])
     compiled = FewRows([layer.packed()], final_norm, onednn.pack(head).owner, kv, heads)
+    if not case.may_use_tiles:
+        compiled.without_tiles()
     compiled.begin(x, tables, case.lengths, cos, sin)
     compiled.layer(0)
     assert_close(x, expected)
