@@ -20,30 +20,19 @@ VARIABLE = "POLYMUX_KERNELS"
 ALL = "all"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operation:
-    """`triton` and `torch` are modules of this package with a function of the operation's name."""
-
-    name: str
-    triton: str
-    torch: str = "reference"
-
-
-OPERATIONS = {
-    one.name: one
-    for one in (
-        Operation(name="rms_norm", triton="gpu.rms_norm"),
-        Operation(name="add_rms_norm", triton="gpu.rms_norm"),
-        Operation(name="rotate_write", triton="gpu.rotate_write"),
-        Operation(name="silu_mul", triton="gpu.silu_mul"),
-        Operation(name="gather_blocks", triton="gpu.blocks"),
-        Operation(name="scatter_blocks", triton="gpu.blocks"),
-        Operation(name="pick", triton="gpu.pick", torch="row_sampling"),
-        Operation(name="weight_sums", triton="gpu.pick", torch="row_sampling"),
-        Operation(name="edit_", triton="gpu.edit_logits", torch="row_sampling"),
-    )
+# By operation, where each implementation is: module of this package and function. The first that can run on a GPU is chosen there.
+OPERATIONS: dict[str, dict[str, str]] = {
+    "rms_norm": {"triton": "gpu.rms_norm:rms_norm", "torch": "reference:rms_norm"},
+    "add_rms_norm": {"triton": "gpu.rms_norm:add_rms_norm", "torch": "reference:add_rms_norm"},
+    "rotate_write": {"triton": "gpu.rotate_write:rotate_write", "torch": "reference:rotate_write"},
+    "attend": {"triton": "gpu.attend:attend", "torch": "reference:attend_step"},
+    "silu_mul": {"triton": "gpu.silu_mul:silu_mul", "torch": "reference:silu_mul"},
+    "gather_blocks": {"triton": "gpu.blocks:gather_blocks", "torch": "reference:gather_blocks"},
+    "scatter_blocks": {"triton": "gpu.blocks:scatter_blocks", "torch": "reference:scatter_blocks"},
+    "pick": {"triton": "gpu.pick:pick", "torch": "row_sampling:pick"},
+    "weight_sums": {"triton": "gpu.pick:weight_sums", "torch": "row_sampling:weight_sums"},
+    "edit_": {"triton": "gpu.edit_logits:edit_", "torch": "row_sampling:edit_"},
 }
-IMPLEMENTATIONS = ("triton", "torch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +43,7 @@ class Choice:
 
 
 _overrides: dict[str, str] | None = None  # what the variable says, once read
+on_cpu = False  # kernels run on CPU tensors too, in Triton's interpreter: see `override`
 
 
 def choose(operation: str, device: torch.device) -> Choice:
@@ -62,7 +52,7 @@ def choose(operation: str, device: torch.device) -> Choice:
     if wanted is not None:
         return Choice(operation=operation, implementation=wanted, reason=f"{VARIABLE} says so")
     if device.type != "cuda":
-        return Choice(operation=operation, implementation="torch", reason="a CPU has no Triton kernels")
+        return Choice(operation=operation, implementation="torch", reason="no GPU")
     if find_spec("triton") is None:
         return Choice(operation=operation, implementation="torch", reason="triton is not installed")
     return Choice(operation=operation, implementation="triton", reason="the fastest here")
@@ -71,9 +61,8 @@ def choose(operation: str, device: torch.device) -> Choice:
 @cache
 def implementation(operation: str, device: torch.device) -> Callable[..., Any]:
     """The function that `choose` names."""
-    one = OPERATIONS[operation]
-    module = one.triton if choose(operation, device).implementation == "triton" else one.torch
-    function: Callable[..., Any] = getattr(import_module(f"polymux.kernels.{module}"), operation)
+    module, name = OPERATIONS[operation][choose(operation, device).implementation].split(":")
+    function: Callable[..., Any] = getattr(import_module(f"polymux.kernels.{module}"), name)
     return function
 
 
@@ -83,14 +72,15 @@ def choices(device: torch.device) -> list[Choice]:
 
 @contextmanager
 def override(text: str) -> Iterator[None]:
-    """Choose as if the variable had this value, in this block."""
-    global _overrides
-    before, _overrides = _overrides, parse(text)
+    """Choose as if the variable had this value, in this block, and for CPU tensors too: tests run the kernels by Triton's interpreter."""
+    global _overrides, on_cpu
+    before = _overrides, on_cpu
+    _overrides, on_cpu = parse(text), True
     implementation.cache_clear()
     try:
         yield
     finally:
-        _overrides = before
+        _overrides, on_cpu = before
         implementation.cache_clear()
 
 
@@ -101,8 +91,9 @@ def parse(text: str) -> dict[str, str]:
         operation, _, wanted = part.partition("=")
         if operation != ALL and operation not in OPERATIONS:
             raise ValueError(f"{VARIABLE} names the operation {operation!r}; there are {ALL}, {', '.join(OPERATIONS)}")
-        if wanted not in IMPLEMENTATIONS:
-            raise ValueError(f"{VARIABLE} wants {part!r}; an implementation is one of {', '.join(IMPLEMENTATIONS)}")
+        there = OPERATIONS[operation] if operation != ALL else {"triton", "torch"}
+        if wanted not in there:
+            raise ValueError(f"{VARIABLE} wants {part!r}; there are {', '.join(sorted(there))}")
         found[operation] = wanted
     return found
 

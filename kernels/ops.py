@@ -1,22 +1,31 @@
-"""The one door: what models call. Each operation runs its device's implementation; a device without one, the reference."""
+"""The one door: what models call. A CPU has its own implementations, named here; for other devices `choice.py` says which serves each.
+
+A CPU's pass and a GPU's join different pairs of operations, so some functions below serve one of them: `rotate` and `kv_write` are one
+operation on a GPU, `rotate_write`, and there `linear_add` writes over the residual.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from polymux.kernels import few_rows, onednn, reference
+from polymux.kernels import choice, few_rows, onednn, reference
 from polymux.kernels import kv_write as _kv_write
 from polymux.kernels import linear as _linear
 from polymux.kernels import norm_rope_act as _fused
 from polymux.kernels.attend_decode import attend_group
 from polymux.kernels.attend_plan import AttentionPlan
 from polymux.kernels.attend_prefill import attend_chunk
+from polymux.kernels.choice import implementation
 from polymux.kernels.few_rows import FewRows, Heads, Layer
 from polymux.kernels.paged import CacheShape, WritePlan
+
+if TYPE_CHECKING:
+    from polymux.kernels.gpu.plan import AttendPlan, StepPlan
 
 
 class PagedCache:
@@ -60,11 +69,22 @@ def embed(table: Tensor, token_ids: Tensor, hidden_size: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _fused.rms_norm(x, weight, eps) if x.is_cpu else reference.rms_norm(x, weight, eps)
+    if x.is_cpu and not choice.on_cpu:
+        return _fused.rms_norm(x, weight, eps)
+    normed: Tensor = implementation("rms_norm", x.device)(x, weight, eps)
+    return normed
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds delta to x, both [T, H], in place; returns the norm of the sum. For sums that come from elsewhere: see `linear_add`."""
+    if x.is_cpu and not choice.on_cpu:
+        return _fused.rms_norm(x.add_(delta), weight, eps)
+    normed: Tensor = implementation("add_rms_norm", x.device)(x, delta, weight, eps)
+    return normed
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _fused.rotate(x, cos, sin) if x.is_cpu else reference.rotate(x, cos, sin)
+    return _fused.rotate(x, cos, sin)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, by_row: bool = False) -> Tensor:
@@ -73,15 +93,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, by_row: boo
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, by_row: bool = False) -> Tensor:
-    if x.is_cpu:
+    """The residual may be overwritten: a GPU's product adds to it in place, which rounds once and reads it once."""
+    if x.is_cpu and not choice.on_cpu:
         return _linear.linear_add(x, weight, bias, residual, by_row=by_row)
-    return reference.linear_add(x, weight, bias, residual)
+    if bias is not None:
+        residual.add_(bias)
+    return residual.addmm_(x, weight.t())
 
 
 def gated_linear(x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, *, by_row: bool = False) -> Tensor:
-    if x.is_cpu:
+    if x.is_cpu and not choice.on_cpu:
         return _linear.gated_linear(x, gate, gate_bias, up, up_bias, by_row=by_row)
-    return reference.gated_linear(x, gate, gate_bias, up, up_bias)
+    joined = None if gate_bias is not None or up_bias is not None else _side_by_side(gate, up)
+    if joined is not None:
+        products = reference.linear(x, joined).chunk(2, dim=1)
+    else:
+        products = reference.linear(x, gate, gate_bias), reference.linear(x, up, up_bias)
+    inner: Tensor = implementation("silu_mul", x.device)(*products)
+    return inner
+
+
+def _side_by_side(first: Tensor, second: Tensor) -> Tensor | None:
+    """Two plain weights [N, K] as one [2 N, K], where the second begins at the first one's end."""
+    if second.data_ptr() != first.data_ptr() + first.nbytes or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return None
+    return first.as_strided((2 * first.shape[0], first.shape[1]), first.stride())
+
+
+def rotate_write(cache: PagedCache, layer: int, heads: Tensor, norms: Tensor | None, eps: float, table: Tensor, plan: StepPlan) -> Tensor:
+    """heads [T, Hq + 2 Hkv, D] of one product to queries [T, Hq, D] and rows of the cache; table [P, D], cosines then sines."""
+    places = (plan.positions, plan.slots, plan.num_tokens)
+    q: Tensor = implementation("rotate_write", heads.device)(heads, norms, eps, table, *places, cache.rows[layer], cache.shape)
+    return q
+
+
+def attend_planned(q: Tensor, cache: PagedCache, layer: int, plan: AttendPlan, scale: float, out: Tensor) -> None:
+    """q [T, Hq, D], whose keys are in the cache already; fills out [T, Hq, D], with zeros where a row is padding."""
+    implementation("attend", q.device)(q, cache.kv, layer, plan, scale, out)
 
 
 def kv_write(cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: WritePlan) -> None:
@@ -92,11 +140,6 @@ def kv_write(cache: PagedCache, layer: int, k: Tensor, v: Tensor, plan: WritePla
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: PagedCache, layer: int, plan: AttentionPlan, scale: float, out: Tensor) -> None:
     """q [T, Hq, D], with k and v [T, Hkv, D] in the cache already; fills out [T, Hq, D] but for padding rows."""
-    if not q.is_cpu:
-        for span in plan.spans:
-            rows = slice(span.start, span.start + span.num_tokens)
-            out[rows] = reference.attend(q[rows], cache.kv, layer, span.block_ids, span.context_len, plan.window, scale)
-        return
     folded = (-1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
     strips, scratch = cache.strips[layer], cache.scratch(plan)
     q, out = q.view(folded), out.view(folded)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from polymux.kernels.paged import CacheShape
+from polymux.kernels.paged import CacheShape, Span
+
+
+class StepAttention(Protocol):
+    """The attention of a step in the layers of one window."""
+
+    @property
+    def spans(self) -> Sequence[Span]: ...
+    @property
+    def window(self) -> int | None: ...
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -71,7 +81,8 @@ def rotate_write(
     """The norm of each query and key head, if any, their rotation, and K and V into the cache; returns the queries [T, Hq, D].
 
     heads [T, Hq + 2 Hkv, D]; norms [Hq + Hkv, D]; table [P, D], cosines then sines; positions and slots (block_id * S + slot) [T] int32,
-    of which `num_tokens` [1] int32 are tokens and the others padding, written nowhere; rows [R, D], one layer's view of the cache.
+    of which `num_tokens` [1] int32 are tokens and the others padding, written nowhere; rows [R, D], one layer's view of the cache. The
+    slots after the last token of a block that the step begins become zero, as in `paged.WritePlan`.
     """
     num_qk = heads.shape[1] - shape.num_kv_heads
     qk = heads[:, :num_qk] if norms is None else rms_norm(heads[:, :num_qk], norms, eps)
@@ -82,6 +93,12 @@ def rotate_write(
     first = slot // shape.block_size * shape.strips_per_block * shape.block_size + slot % shape.block_size
     places = first[:count, None] + strips * shape.block_size
     rows[places] = torch.cat((qk[:, num_heads:], heads[:, num_qk:]), dim=1)[:count]
+    known = slot[:count].tolist()
+    for token, here in enumerate(known):
+        place = here % shape.block_size
+        if known[token + 1 : token + 2] != [here + 1] and token >= place and known[token - place] == here - place:
+            for rest in range(1, shape.block_size - place):
+                rows[places[token] + rest] = 0
     return qk[:, :num_heads]
 
 
@@ -113,3 +130,11 @@ def attend(q: Tensor, kv: Tensor, layer: int, block_ids: Sequence[int], context_
     hidden = key > query if window is None else (key > query) | (key <= query - window)
     weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
     return torch.einsum("thc,hcd->thd", weights, v.repeat_interleave(group, 0)).to(q.dtype)
+
+
+def attend_step(q: Tensor, kv: Tensor, layer: int, plan: StepAttention, scale: float, out: Tensor) -> None:
+    """`attend` for each sequence of a step, q and out [T, Hq, D]; the rows of no sequence become zero."""
+    out.zero_()
+    for span in plan.spans:
+        rows = slice(span.start, span.start + span.num_tokens)
+        out[rows] = attend(q[rows], kv, layer, span.block_ids, span.context_len, plan.window, scale)

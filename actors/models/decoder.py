@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +20,13 @@ from polymux.kernels.attend_plan import AttentionPlan
 from polymux.kernels.few_rows import FewRows, Heads
 from polymux.kernels.paged import Span, WritePlan
 
+if TYPE_CHECKING:
+    from polymux.kernels.gpu.plan import StepPlan
+
 INVARIANT_ROWS = 16  # token rows in every product under `batch_invariant`
 
 RowFunction = Callable[..., tuple[Tensor, ...]]
+OnLayer = Callable[[int], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,15 @@ class Step:
     logits_rows: Tensor | None  # [R] int64; None: every row, in order
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One forward pass of a GPU: what depends on the sequences is in tensors on the device, so a captured graph serves other steps too."""
+
+    token_ids: Tensor  # [T] int64, with any ids in the padding rows
+    plan: StepPlan
+    logits_rows: Tensor | None  # [R] int64; None: every row, in order
+
+
 class Decoder:
     """The pass for one architecture shape and dtype: rotary tables and constants, and the order of operations."""
 
@@ -70,14 +85,21 @@ class Decoder:
         self.batch_invariant = batch_invariant
         self._dtype = dtype
         self._rotary = RotaryTable(config, dtype, device)
+        self._angles: Tensor | None = None
         self._scale = config.head_dim**-0.5
         self._num_qk_heads = config.num_heads + config.num_kv_heads
+
+    def prepare(self, max_position: int = 0) -> None:
+        """Make the rotary table of planned steps for every position that the model has; it stays where it is from then on."""
+        num_positions = max(max_position + 1, self.config.max_position_embeddings)
+        if self._angles is None or self._angles.shape[0] < num_positions:
+            self._angles = self._rotary.joined(num_positions)
 
     def forward(
         self,
         weights: ModelWeights,
         cache: ops.PagedCache,
-        step: Step,
+        step: Step | PlannedStep,
         on_layer: Callable[[int], None] | None,
         before_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
@@ -86,17 +108,13 @@ class Decoder:
         `before_layer(i)` returns once layer i's weights may be read, and for i = num_layers those after the layers; the embedding's may be.
         """
         config = self.config
-        cos, sin = self._rotary.at(step.positions, step.max_position)
+        attend = self._attention(cache, step)
         x = self._embed(weights.embedding, step.token_ids)
         attended = x.new_zeros(x.shape[0], config.num_heads, config.head_dim)
-        for i, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
+        for i, layer in enumerate(weights.layers):
             if before_layer is not None:
                 before_layer(i)
-            q, k, v = self._by_rows(self._project, layer, x, cos, sin)
-            ops.kv_write(cache, i, k, v, step.writes)
-            if on_layer is not None:
-                on_layer(i)
-            ops.attend(q, k, v, cache, i, step.attention[window], self._scale, attended)
+            attend(i, layer, x, on_layer, attended)
             (x,) = self._by_rows(self._mix, layer, x, attended)
         if before_layer is not None:
             before_layer(config.num_layers)
@@ -106,6 +124,48 @@ class Decoder:
             return torch.empty(0, config.vocab_size, device=x.device)
         (logits,) = self._by_rows(self._predict, weights, x)
         return logits.float()
+
+    def _attention(self, cache: ops.PagedCache, step: Step | PlannedStep) -> Callable[..., None]:
+        """A step's part of each layer that reads and writes the cache."""
+        if isinstance(step, PlannedStep):
+            assert self._angles is not None, "the decoder is not prepared for planned steps"
+            return partial(self._attend_planned, cache, step, self._angles)
+        return partial(self._attend, cache, step, *self._rotary.at(step.positions, step.max_position))
+
+    def _attend(
+        self,
+        cache: ops.PagedCache,
+        step: Step,
+        cos: Tensor,
+        sin: Tensor,
+        i: int,
+        layer: LayerWeights,
+        x: Tensor,
+        on_layer: OnLayer,
+        out: Tensor,
+    ) -> None:
+        q, k, v = self._by_rows(self._project, layer, x, cos, sin)
+        ops.kv_write(cache, i, k, v, step.writes)
+        if on_layer is not None:
+            on_layer(i)
+        ops.attend(q, k, v, cache, i, step.attention[self.config.windows[i]], self._scale, out)
+
+    def _attend_planned(
+        self,
+        cache: ops.PagedCache,
+        step: PlannedStep,
+        angles: Tensor,
+        i: int,
+        layer: LayerWeights,
+        x: Tensor,
+        on_layer: OnLayer,
+        out: Tensor,
+    ) -> None:
+        (heads,) = self._by_rows(self._heads, layer, x)
+        q = ops.rotate_write(cache, i, heads, layer.head_norms, self.config.rms_norm_eps, angles, step.plan)
+        if on_layer is not None:
+            on_layer(i)
+        ops.attend_planned(q, cache, i, step.plan.attention[self.config.windows[i]], self._scale, out)
 
     def _embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return ops.embed(table, token_ids, self.config.hidden_size)
@@ -146,13 +206,18 @@ class Decoder:
     def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """q [T, Hq, D] and k [T, Hkv, D], rotated, and v [T, Hkv, D]."""
         config, num_qk = self.config, self._num_qk_heads
-        hidden = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        heads = ops.linear(hidden, layer.qkv, layer.qkv_bias, by_row=self.batch_invariant).view(x.shape[0], -1, config.head_dim)
+        (heads,) = self._heads(layer, x)
         qk, v = heads[:, :num_qk], heads[:, num_qk:]
         if layer.head_norms is not None:
             qk = ops.rms_norm(qk, layer.head_norms, config.rms_norm_eps)
         qk = ops.rotate(qk, cos, sin)
         return qk[:, : config.num_heads], qk[:, config.num_heads :], v
+
+    def _heads(self, layer: LayerWeights, x: Tensor) -> tuple[Tensor, ...]:
+        """[T, Hq + 2 Hkv, D]: queries, keys and values."""
+        hidden = ops.rms_norm(x, layer.input_norm, self.config.rms_norm_eps)
+        heads = ops.linear(hidden, layer.qkv, layer.qkv_bias, by_row=self.batch_invariant)
+        return (heads.view(x.shape[0], -1, self.config.head_dim),)
 
     def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
         x = self._linear_add(attended.flatten(1), layer.output, layer.output_bias, x)

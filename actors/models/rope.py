@@ -44,6 +44,13 @@ class RotaryTable:
             self._grow()
         return self._cos[positions], self._sin[positions]
 
+    def joined(self, num_positions: int) -> Tensor:
+        """[P, D] for P positions or more, cosines then sines: what a GPU's kernel reads by position."""
+        while self._cos.shape[0] < num_positions:
+            self._grow()
+        half = self._sin.shape[2]
+        return torch.cat((self._cos[:, 0, :half], self._sin[:, 0]), dim=1)
+
     def _grow(self) -> None:
         start = self._cos.shape[0]
         angles = torch.arange(start, start + PIECE).float().unsqueeze(1) * self._frequencies

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polymux.actors.models.config import ArchConfig
-from polymux.actors.models.decoder import Decoder, ModelWeights, Step
+from polymux.actors.models.decoder import Decoder, ModelWeights, PlannedStep, Step
 from polymux.actors.parallel.collectives import Collectives
 from polymux.actors.parallel.shards import rank_config
 from polymux.kernels import ops
@@ -37,7 +37,7 @@ class RankDecoder(Decoder):
         self,
         weights: ModelWeights,
         cache: ops.PagedCache,
-        step: Step,
+        step: Step | PlannedStep,
         on_layer: Callable[[int], None] | None,
         before_layer: Callable[[int], None] | None = None,
     ) -> Tensor:

@@ -198,7 +198,7 @@ def _cut(row_values, row_ids, num_values, num_ids, size, maximum, scale, floor, 
     return low, first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])  # as a constant 1 it breaks a pass of Triton 3.6
 def _narrow(
     logits,
     row_stride,

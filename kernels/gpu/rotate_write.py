@@ -32,7 +32,8 @@ def _rotate_write(
     HALF: tl.constexpr,
 ):
     token = tl.program_id(0)
-    if token >= tl.load(num_tokens):
+    count = tl.load(num_tokens)
+    if token >= count:
         return
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALF)[None, :]
@@ -57,10 +58,18 @@ def _rotate_write(
     tl.store(places, turned_first, mask=mask & is_query)
     tl.store(places + DIM // 2, turned_second, mask=mask & is_query)
     slot = tl.load(slots + token)
+    place = slot % SLOTS
     strip = head - num_heads  # K's heads, then V's: as they lie in a layer of a block
-    target = rows + (slot // SLOTS).to(tl.int64) * block_stride + (strip * SLOTS + slot % SLOTS) * DIM + pair
-    tl.store(target, turned_first, mask=mask & ~is_query)
-    tl.store(target + DIM // 2, turned_second, mask=mask & ~is_query)
+    block = rows + (slot // SLOTS).to(tl.int64) * block_stride + strip * (SLOTS * DIM) + pair
+    kept = mask & ~is_query
+    tl.store(block + place * DIM, turned_first, mask=kept)
+    tl.store(block + place * DIM + DIM // 2, turned_second, mask=kept)
+    follows = tl.load(slots + token + 1, mask=token + 1 < count, other=-1)
+    began = tl.load(slots + token - place, mask=token >= place, other=-1)
+    if (follows != slot + 1) & (began == slot - place):  # the last token, in a block that this step begins: zeros after it
+        for rest in range(place + 1, SLOTS):
+            tl.store(block + rest * DIM, tl.zeros((HEADS, HALF), rows.dtype.element_ty), mask=kept)
+            tl.store(block + rest * DIM + DIM // 2, tl.zeros((HEADS, HALF), rows.dtype.element_ty), mask=kept)
 
 
 def rotate_write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import torch
@@ -53,12 +54,19 @@ def test_silu_mul(num_rows: int, width: int, are_halves: bool, dtype: torch.dtyp
     assert torch.equal(up, kept)
 
 
+def tokens_of(spans: list[tuple[int, int]], blocks: Iterator[int]) -> Iterator[tuple[list[int], int]]:
+    """The tokens of (context, tokens) spans: each one's block table and position."""
+    for context, num_tokens in spans:
+        table = [next(blocks) for _ in range(-(-(context + num_tokens) // 16))]
+        yield from ((table, position) for position in range(context, context + num_tokens))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     head_dim=st.sampled_from([2, 24, 64, 96, 128, 256]),
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 8),
-    num_tokens=st.integers(0, 6),
+    spans=st.lists(st.tuples(st.integers(0, 20), st.sampled_from([1, 1, 2, 15, 16, 17, 33])), max_size=3),
     padding=st.integers(0, 2),
     has_norms=st.booleans(),
     dtype=DTYPES,
@@ -68,7 +76,7 @@ def test_rotate_write(
     head_dim: int,
     num_kv_heads: int,
     group: int,
-    num_tokens: int,
+    spans: list[tuple[int, int]],
     padding: int,
     has_norms: bool,
     dtype: torch.dtype,
@@ -76,14 +84,16 @@ def test_rotate_write(
     device: torch.device,
 ) -> None:
     shape = CacheShape(num_layers=2, num_kv_heads=num_kv_heads, block_size=16, head_dim=head_dim)
-    total, num_all = num_tokens + padding, num_kv_heads * (group + 2)
+    blocks = iter(order.sample(range(20), 20))
+    places = [(position, table[position // 16] * 16 + position % 16) for table, position in tokens_of(spans, blocks)]
+    num_tokens, num_all = len(places), num_kv_heads * (group + 2)
+    total = num_tokens + padding
     heads = random(5, total, num_all, head_dim, dtype=dtype, device=device)
     norms = random(6, num_all - num_kv_heads, head_dim, dtype=dtype, device=device) if has_norms else None
-    table = random(7, 50, head_dim, dtype=dtype, device=device)
-    positions = torch.tensor([order.randrange(50) for _ in range(num_tokens)] + [0] * padding, dtype=torch.int32, device=device)
-    slots = torch.tensor(order.sample(range(4 * 16), num_tokens) + [0] * padding, dtype=torch.int32, device=device)
+    table = random(7, 60, head_dim, dtype=dtype, device=device)
+    positions, slots = torch.tensor([*places, *[(0, 0)] * padding], dtype=torch.int32, device=device).view(-1, 2).t().contiguous()
     count = torch.tensor([num_tokens], dtype=torch.int32, device=device)
-    kv = random(8, 4, 2, 2, num_kv_heads, 16, head_dim, dtype=dtype, device=device)
+    kv = random(8, 20, 2, 2, num_kv_heads, 16, head_dim, dtype=dtype, device=device)
     expected_kv = kv.clone()
     expected = reference.rotate_write(heads, norms, EPS, table, positions, slots, count, shape.layer_rows(expected_kv)[1], shape)
     found = rotate_write.rotate_write(heads, norms, EPS, table, positions, slots, count, shape.layer_rows(kv)[1], shape)
