@@ -136,9 +136,8 @@ async def open_cuda_ipc(
 def open_within(
     source: DeviceRegion, ring: EventRing, region: DeviceRegion, is_fenced: Callable[[], bool], reactor: Reactor, landing: Landing
 ) -> DeviceReceiver:
-    """The source is in this process."""
+    """The source is in this process; the mover's incoming slabs are there."""
     mapped = Mapped(source.address, source.nbytes, ring.events, lambda: None)
-    region.mover.post(region.mover.slabs.prepare)
     return DeviceReceiver(PullLink("local", region.mover, region, mapped, is_fenced), region.mover, reactor, landing)
 
 
@@ -146,7 +145,7 @@ def _map(region: DeviceRegion, terms: IpcTerms, region_bytes: int, release: Call
     runtime = region.runtime
     if len(terms.memory) != HANDLE_BYTES or not terms.events or len(terms.events) % HANDLE_BYTES:
         raise WireError(f"IPC handles of {len(terms.memory)} and {len(terms.events)} bytes")
-    region.mover.slabs.prepare()
+    region.mover.incoming.prepare()
     opened: list[int] = []
     address = runtime.open_memory(terms.memory)
 

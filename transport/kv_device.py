@@ -159,7 +159,7 @@ class DeviceReceiver:
         if isinstance(arrival.item, Move) and (arrival.transfer is not None or self._link.takes_all):
             if num_moves >= PER_EDGE or not self._link.can_begin(arrival.item):
                 return False
-            arrival.slab = self._mover.slabs.take()
+            arrival.slab = self._mover.incoming.take()
             if arrival.slab is None:
                 return False
         with self._lock:
@@ -211,7 +211,7 @@ class DeviceReceiver:
                 self._link.fetch(arrival)
                 slab.scatter(grid, block_ids, layers)
                 if move.num_checked_blocks:
-                    slab.gather(grid, block_ids[: move.num_checked_blocks], layers)
+                    slab.gather_back(grid, move.num_checked_blocks, layers)
                     slab.download(_checked_bytes(move))
         except BaseException:
             arrival.has_failed = True  # what was enqueued is waited for all the same
@@ -243,7 +243,7 @@ class DeviceReceiver:
     def _give_back(self, arrival: Arrival) -> None:
         slab, arrival.slab = arrival.slab, None
         if slab is not None:
-            self._mover.slabs.give(slab)
+            self._mover.incoming.give(slab)
 
     def _shut(self) -> None:
         self._link.close(time.monotonic())

@@ -63,7 +63,7 @@ class CommLink:
 
     def open(self) -> None:
         """Raises PolymuxError where the device has nothing left for it."""
-        self._mover.slabs.prepare()
+        (self._mover.outgoing if self._rank == SOURCE_RANK else self._mover.incoming).prepare()
         self._lane = self._mover.lane()
         self._comm = self._mover.comm(self._lane, self._unique_id, self._rank)
 
@@ -277,7 +277,7 @@ class NcclSender:
         if isinstance(departure.item, Move):
             if departure.ready is not None and not self._mover.runtime.is_done(departure.ready.cuda_event):
                 return False
-            departure.slab = self._mover.slabs.take()
+            departure.slab = self._mover.outgoing.take()
             if departure.slab is None:
                 return False
         with self._lock:
@@ -353,7 +353,7 @@ class NcclSender:
     def _give_back(self, departure: _Departure) -> None:
         slab, departure.slab = departure.slab, None
         if slab is not None:
-            self._mover.slabs.give(slab)
+            self._mover.outgoing.give(slab)
 
     def _shut(self) -> None:
         self._link.close(time.monotonic())

@@ -222,6 +222,8 @@ class KVSink:
         raise ProtocolMismatch(f"no common KV backend with worker {edge.peer.worker_id}: {'; '.join(failures)}")
 
     async def _try_local(self, terms: EdgeTerms, edge: KVEdge, deadline_s: float) -> Receiver:
+        if not isinstance(self._region, Region):
+            await self._region.mover.ask(self._region.mover.incoming.prepare, deadline_s)
         return open_local(terms, self._region, self._reactor, edge)
 
     async def _try_cuda_ipc(self, terms: EdgeTerms, edge: KVEdge, deadline_s: float) -> Receiver:

@@ -184,10 +184,10 @@ class KVSource:
         return b""
 
     def install(self, intro: Introduction, sock: socket) -> None:
-        if intro.kind is PeerKind.DECODE:
-            self._open_edge(decode_as(EdgeOffer, intro.body), sock)
-            return
         try:
+            if intro.kind is PeerKind.DECODE:
+                self._open_edge(decode_as(EdgeOffer, intro.body), sock)
+                return
             edge = self._joined(intro)
             if intro.kind is PeerKind.KV_DATA:
                 edge.attach_data(sock)

@@ -332,6 +332,12 @@ class SourceEdge:
             self._context.reactor.post(self._drain)
 
     def _drain(self) -> None:
+        try:
+            self._send_queued()
+        except PolymuxError as error:  # the device's
+            self.shut(error)
+
+    def _send_queued(self) -> None:
         with self._context.lock:
             self._is_scheduled = False
             items = list(self._queue)

@@ -201,7 +201,7 @@ def death(sink: Sink, process: subprocess.Popen[bytes]) -> tuple[float, float]:
     if not isinstance(failed, KVFailed) or not isinstance(quiet, KVQuiesced):
         raise RuntimeError(f"the kill ended in {failed} and {quiet}")
     mover = sink.region.mover
-    while mover.slabs.num_out or mover.num_edges:
+    while mover.num_slabs_out or mover.num_edges:
         if time.perf_counter() - killed_s > 20.0:
             raise RuntimeError("slabs are still out 20 s after the kill")
         time.sleep(0.002)

@@ -28,7 +28,7 @@ def gpu(backend: str, **config: Any) -> dict[str, Any]:
 
 def num_out(*ends: Any) -> int:
     """Slabs that are not in their pools."""
-    return sum(end.region.mover.slabs.num_out for end in ends)
+    return sum(end.region.mover.num_slabs_out for end in ends)
 
 
 def test_bytes_damaged_on_their_way_are_noticed_before_the_commit(pair: Any, at_rest: Any) -> None:

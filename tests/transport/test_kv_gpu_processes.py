@@ -54,7 +54,7 @@ def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 def all_given_back(end: Any) -> bool:
     """No slab is out, and no task of an edge is left."""
     mover = end.region.mover
-    return eventually(lambda: mover.slabs.num_out == 0 and mover.num_edges == 0, LIMITS["abort_s"] + 1)
+    return eventually(lambda: mover.num_slabs_out == 0 and mover.num_edges == 0, LIMITS["abort_s"] + 1)
 
 
 def test_blocks_of_two_layouts_arrive_exactly_from_another_process(kv_peer: Any, child: Any, config: Any) -> None:

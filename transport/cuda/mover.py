@@ -27,7 +27,7 @@ from polymux.transport.nccl.fence import fence_process
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_NUM_SLABS = 6
+_NUM_SLABS = 4  # of each pool: two edges at full speed
 _SHORTEST_S, _LONGEST_S = 20e-6, 500e-6  # pauses between turns in which nothing moved
 _STUCK_S = 30.0  # no call takes so long that returns, nor the compiling of a kernel that is used for the first time
 _WATCH_S = 1.0
@@ -63,7 +63,7 @@ class Mover:
         self.nccl: Nccl | None = None
         self.no_nccl = ""  # why there is none
         self.limits = limits or CommLimits()
-        self.slabs = SlabPool(region, num_slabs)
+        self.incoming, self.outgoing = SlabPool(region, num_slabs), SlabPool(region, num_slabs)
         self.fence = fence
         self._region = region
         self._lanes: list[Lane] = []
@@ -128,6 +128,10 @@ class Mover:
         """Ends of edges that are open, or closed and not yet quiet."""
         return len(self._tasks)
 
+    @property
+    def num_slabs_out(self) -> int:
+        return self.incoming.num_out + self.outgoing.num_out
+
     def comm(self, lane: Lane, unique_id: bytes, rank: int) -> Comm:
         """Begin to join. Whoever asks has seen that there is NCCL."""
         assert self.nccl is not None
@@ -150,7 +154,7 @@ class Mover:
             self._wake.notify_all()
         self._thread.join(self.limits.abort_s + 2.0)
         self._watcher.join(2 * _WATCH_S)
-        return not self._thread.is_alive() and not self.slabs.num_out
+        return not self._thread.is_alive() and not self.num_slabs_out
 
     def _aside(self, call: Callable[[], int | None]) -> ThreadAside[int | None]:
         def run() -> int | None:
@@ -176,8 +180,9 @@ class Mover:
             self._beat_s = None
         for lane in self._lanes:
             lane.close()
-        if not self.slabs.num_out:
-            self.slabs.close()
+        if not self.num_slabs_out:
+            self.incoming.close()
+            self.outgoing.close()
 
     def _next(self, pause_s: float) -> list[Callable[[], object]] | None:
         """What was posted, perhaps nothing; None at the end."""

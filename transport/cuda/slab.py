@@ -72,6 +72,12 @@ class Slab:
         some = slice(layers.start, layers.stop)
         scatter_blocks(grid.kv, self._upload(block_ids, MAX_MOVE_BLOCKS), self._part(grid, len(block_ids), layers), some, _ALL_HEADS)
 
+    def gather_back(self, grid: DeviceGrid, count: int, layers: range) -> None:
+        """After `scatter`: the first so many blocks as they lie in the grid now. Their ids are on the device already."""
+        gather_blocks = implementation("gather_blocks", grid.kv.device)
+        ids = self._ids[MAX_MOVE_BLOCKS : MAX_MOVE_BLOCKS + count]
+        gather_blocks(grid.kv, ids, self._part(grid, count, layers), slice(layers.start, layers.stop), _ALL_HEADS)
+
     def download(self, nbytes: int) -> None:
         """Begin to bring the first bytes to the host, for `checksum`."""
         if self._sample.nbytes < nbytes:
@@ -109,7 +115,10 @@ class Slab:
 
 
 class SlabPool:
-    """A fixed number of slabs, shared by all edges; made when the first edge opens, so that nothing is allocated while serving."""
+    """A fixed number of slabs, shared by all edges; made when the first edge opens, so that nothing is allocated while serving.
+
+    What comes in and what goes out have a pool each: were it one, workers whose slabs all hold what goes to each other could not receive it.
+    """
 
     def __init__(self, region: DeviceRegion, num_slabs: int) -> None:
         self._region = region
