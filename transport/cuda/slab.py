@@ -117,7 +117,7 @@ class Slab:
 class SlabPool:
     """A fixed number of slabs, shared by all edges; made when the first edge opens, so that nothing is allocated while serving.
 
-    What comes in and what goes out have a pool each: were it one, workers whose slabs all hold what goes to each other could not receive it.
+    What comes in and what goes out have a pool each: were it one, workers whose slabs all hold what goes to each other would be stuck.
     """
 
     def __init__(self, region: DeviceRegion, num_slabs: int) -> None:
