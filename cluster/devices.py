@@ -137,12 +137,6 @@ def _device(role: Role, pool: PoolConfig, hosts: Sequence[GpuHost], usable: Sequ
         return "cpu", why
     if pool.device == "cpu":
         return "cpu", f"pools.{role}.device=cpu"
-    if pool.tensor_parallel > 1:
-        if pool.device == "cuda":
-            raise ConfigError(
-                f"pools.{role} has device=cuda and tensor_parallel={pool.tensor_parallel}; several ranks compute on CPUs only"
-            )
-        return "cpu", f"pools.{role}.tensor_parallel={pool.tensor_parallel}"
     if pool.num_gpus == 0:
         if pool.device == "cuda":
             raise ConfigError(f"pools.{role} has device=cuda and num_gpus=0; leave num_gpus at auto")

@@ -156,8 +156,8 @@ async def _host(node: Mapping[str, Any]) -> GpuHost:
 
 
 async def _slot(options: Mapping[str, Any], hosts: Sequence[GpuHost]) -> Slot:
-    """What a bundle holds, asked from within."""
+    """What a bundle holds, asked from within. A host that came after the others were asked is taken, and nothing is known of its GPUs."""
     async with asyncio.timeout(LOOK_S):
         node_id, gpu_ids = await ray.remote(where).options(**options).remote()
-    host = next(host for host in hosts if host.node_id == node_id)
+    host = next((host for host in hosts if host.node_id == node_id), GpuHost(node_id=node_id, num_gpus=0))
     return Slot(host=host, gpus=tuple(index for gpu_id in gpu_ids if (index := host.gpus.index(gpu_id)) is not None))
