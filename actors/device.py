@@ -7,7 +7,7 @@ always empty, since everything is done when the call returns; what orders work c
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from polymux.transport.cuda.region import DeviceRegion
 from polymux.transport.errors import ConfigError
 from polymux.transport.image_maps import KEEP_S
 from polymux.transport.region import Region
+
+if TYPE_CHECKING:
+    from polymux.actors.gpu.graphs import Graphs
 
 DEVICES = ("cpu", "cuda")
 
@@ -45,6 +48,7 @@ class Device(Protocol):
     torch_device: torch.device
     is_async: bool  # results of a step are there later than its launch
     keep_images_s: float  # how long a weight image stays mapped after it was loaded
+    graphs: Graphs | None  # what runs its decode steps, where steps are planned; None: they are called as they come
 
     def enter(self) -> None:
         """The calling thread drives the engine from now on: its tensor operations go to the device's queue."""
@@ -107,6 +111,7 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     is_async = False
     keep_images_s = KEEP_S
+    graphs: Graphs | None = None
 
     def enter(self) -> None:
         return

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from polymux.actors.arena import Arena
 from polymux.actors.device import DEVICES, CpuDevice, Device
 from polymux.actors.drawn import Ask, Drawn, Known, draw_later
 from polymux.actors.kv_blocks import BlockManager, BlockPool, kv_view
-from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.model_runner import ForwardBatch, Model, ModelRunner, SequenceSlice
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.parallel.weights import RankDevice, RankLoader
 from polymux.actors.prefix_cache import PrefixCache
@@ -32,6 +32,9 @@ from polymux.transport.errors import ConfigError, ModelNotFound, PolymuxError, R
 from polymux.transport.messages import ModelSpec
 from polymux.transport.region import Region
 from polymux.transport.units import ModelName
+
+if TYPE_CHECKING:
+    from polymux.actors.gpu.model import PlannedModels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +102,9 @@ class Engine:
             batch_invariant=settings.batch_invariant,
             device=self.device.torch_device,
             collectives=ranks.collectives if ranks is not None else None,
+            planned=_planned(self.device, settings),
         )
-        self._bound: dict[ModelName, BoundModel] = {}
+        self._bound: dict[ModelName, Model] = {}
         self.stalled_s = 0.0  # of the last forward pass: waiting for weights under way
         self.is_streaming = False  # the last forward pass waits for them on the device: its time is not its own
 
@@ -150,15 +154,19 @@ class Engine:
 
         Raises PolymuxError when no model is active, and what a load under way met; the model before is active again then.
         """
-        active, self.stalled_s = self.residency.active, 0.0
-        if active is None:
-            raise PolymuxError("no model is active: the last switch failed")
-        model = self._bind(active)
-        before_layer = None if self.residency.residents[active].load is None else self._await_layer
-        self.is_streaming = self.device.is_async and before_layer is not None
+        active, model, before_layer = self._ready()
         if self._ranks is None:
             return model.forward(batch, on_layer, before_layer)
         return self._ranks.step(active, batch, lambda: model.forward(batch, on_layer, before_layer))
+
+    def _ready(self) -> tuple[ModelName, Model, Callable[[int], None] | None]:
+        """The active model, and what to call before each of its layers while some are on their way."""
+        active, self.stalled_s = self.residency.active, 0.0
+        if active is None:
+            raise PolymuxError("no model is active: the last switch failed")
+        before_layer = None if self.residency.residents[active].load is None else self._await_layer
+        self.is_streaming = self.device.is_async and before_layer is not None
+        return active, self._bind(active), before_layer
 
     @property
     def lost(self) -> RankLost | None:
@@ -180,8 +188,11 @@ class Engine:
 
         Where the device is asynchronous nothing was waited for but weights: the next step may take these tokens before they are read.
         """
-        logits = self.forward(batch, on_layer)
-        return self.draw(logits, asks)
+        if self.device.graphs is not None and self._ranks is None and batch.logits_rows is None:
+            _, model, before_layer = self._ready()
+            if (drawn := model.decode(batch, asks, before_layer)) is not None:
+                return drawn
+        return self.draw(self.forward(batch, on_layer), asks)
 
     def draw(self, logits: Tensor, asks: Sequence[Ask]) -> Drawn:
         """A token for each row of logits [R, V] fp32."""
@@ -216,7 +227,7 @@ class Engine:
                 return
         self.residency.vacate(offset)
 
-    def _bind(self, model: ModelName) -> BoundModel:
+    def _bind(self, model: ModelName) -> Model:
         """The model over its weights' present place; anew where a failed switch had evicted it and brought it back."""
         if model not in self._bound:
             resident = self.residency.residents[model]
@@ -235,3 +246,11 @@ class Engine:
         self._bound.clear()
         self.device.close()
         self.arena.close()
+
+
+def _planned(device: Device, settings: EngineSettings) -> PlannedModels | None:
+    if device.graphs is None:
+        return None
+    from polymux.actors.gpu.model import PlannedModels
+
+    return PlannedModels(device, device.graphs, max_num_seqs=settings.max_num_seqs, batch_invariant=settings.batch_invariant)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from polymux.kernels.ops import PagedCache
 from polymux.kernels.paged import plan_writes
 from polymux.transport.errors import ConfigError
 from polymux.transport.messages import WHOLE, Shard
+
+if TYPE_CHECKING:
+    from polymux.actors.drawn import Ask, Drawn
+    from polymux.actors.gpu.model import PlannedModels
 
 # Rows are padded to one of these: each count of rows costs oneDNN a set of kernels of its own, half a megabyte for each shape of weight.
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -61,13 +66,34 @@ class ForwardBatch:
     carried: Carried | None = None
 
 
+class Model(Protocol):
+    """Weights, in place, that steps can be run by."""
+
+    def forward(
+        self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None, before_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """fp32 logits [R, vocab]; `on_layer(i)` is called once layer i's K and V of this batch are in the cache.
+
+        `before_layer(i)` is called before layer i's weights are read; with num_layers before the last norm's and the head's.
+        """
+
+    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: Callable[[int], None] | None = None) -> Drawn | None:
+        """A step of one token of each sequence that draws the next ones itself; None where it does not: draw from `forward`'s logits."""
+
+
 class ModelRunner:
     """One per worker. Not thread-safe: the engine thread owns it."""
 
     def __init__(
-        self, *, batch_invariant: bool = False, device: torch.device | str = "cpu", collectives: Collectives | None = None
+        self,
+        *,
+        batch_invariant: bool = False,
+        device: torch.device | str = "cpu",
+        collectives: Collectives | None = None,
+        planned: PlannedModels | None = None,
     ) -> None:
-        """`collectives`: with the other ranks, of which this is one."""
+        """`collectives`: with the other ranks, of which this is one. `planned`: where steps are planned for a GPU."""
+        self._planned = planned
         self.batch_invariant = batch_invariant
         self.device = torch.device(device)
         self._collectives = collectives
@@ -78,7 +104,7 @@ class ModelRunner:
         if not self.batch_invariant and self.device.type == "cpu" and self._collectives is None:
             ops.prepare_few_rows(DTYPES[dtype])
 
-    def bind(self, manifest: ImageManifest, weights: Tensor, kv: Tensor) -> BoundModel:
+    def bind(self, manifest: ImageManifest, weights: Tensor, kv: Tensor) -> Model:
         """A model ready to run, over the uint8 image `weights` and the cache `kv` [N, L, 2, Hkv, S, D]; both must outlive it.
 
         Raises CheckpointError or WireError for an image that cannot be run, ConfigError for a cache of another shape.
@@ -94,7 +120,11 @@ class ModelRunner:
         skeleton = self._skeletons.get((whole, dtype))
         if skeleton is None:
             skeleton = self._skeletons[whole, dtype] = self._make(whole, dtype)
-        return BoundModel(skeleton, bind_weights(config, manifest, weights), PagedCache(kv), self.device)
+        bound = bind_weights(config, manifest, weights)
+        if self._planned is not None:
+            key = (manifest.digest, manifest.shard, dtype, weights.data_ptr(), kv.data_ptr())
+            return self._planned.bind(skeleton, bound, PagedCache(kv), key)
+        return BoundModel(skeleton, bound, PagedCache(kv), self.device)
 
     def _check(self, shard: Shard) -> None:
         ranks = self._collectives
@@ -123,10 +153,6 @@ class BoundModel:
     def forward(
         self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None, before_layer: Callable[[int], None] | None = None
     ) -> Tensor:
-        """fp32 logits [R, vocab]; `on_layer(i)` is called once layer i's K and V of this batch are in the cache.
-
-        `before_layer(i)` is called before layer i's weights are read; with num_layers before the last norm's and the head's.
-        """
         few_rows, slices = self._few_rows, batch.slices
         if batch.carried is not None:
             batch = replace(batch, token_ids=batch.carried.into(batch.token_ids), carried=None)
@@ -135,6 +161,9 @@ class BoundModel:
                 logits = self._skeleton.decode(self._weights, few_rows, batch.token_ids, slices, on_layer, before_layer)
                 return logits if batch.logits_rows is None else logits[batch.logits_rows]
             return self._skeleton.forward(self._weights, self._cache, self._step(batch), on_layer, before_layer)
+
+    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: Callable[[int], None] | None = None) -> Drawn | None:
+        return None
 
     def _step(self, batch: ForwardBatch) -> Step:
         slices, num_tokens = batch.slices, batch.token_ids.shape[0]

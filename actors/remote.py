@@ -12,8 +12,7 @@ import torch
 
 from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
-from polymux.actors.worker import Worker
-from polymux.actors.worker_settings import WorkerSettings
+from polymux.actors.worker import Worker, WorkerSettings
 from polymux.transport.errors import WorkerLost
 from polymux.transport.messages import LookBack, ModelSpec, WorkerHello, WorkerReport, WorkerTimeline
 from polymux.transport.units import Epoch, ModelName

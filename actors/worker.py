@@ -10,34 +10,33 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from polymux.actors.copier import Copier
 from polymux.actors.costs import CostFile, device_kind
 from polymux.actors.decode import DecodeRole
 from polymux.actors.device import open_device
-from polymux.actors.engine import Engine
+from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.grants import Grants
 from polymux.actors.host_prefixes import HostPrefixes
 from polymux.actors.host_tier import HostTier
-from polymux.actors.kept import KeptSequences
+from polymux.actors.kept import KEEP_S, KeptSequences
 from polymux.actors.local_orders import LocalOrders
 from polymux.actors.mailbox import Mailbox
 from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
-from polymux.actors.parallel.leader import Ranks
+from polymux.actors.parallel.leader import Ranks, RankSettings
 from polymux.actors.prefill import PrefillRole
 from polymux.actors.store_client import StoreClient
 from polymux.actors.turns import Turns, Work, by_model
 from polymux.actors.updates import failure
-from polymux.actors.worker_settings import WorkerSettings
 from polymux.disagg.multiplex import Turn
 from polymux.disagg.phase import Phase
 from polymux.disagg.prefill import PrefillStep, prefill_policy
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import Overloaded, PolymuxError, WorkerLost
-from polymux.transport.kv import KVSink, KVSource, OrderRef
+from polymux.transport.kv import KVSettings, KVSink, KVSource, OrderRef
 from polymux.transport.messages import (
     Cancel,
     Generate,
@@ -46,6 +45,7 @@ from polymux.transport.messages import (
     ModelSpec,
     Peer,
     Prefill,
+    Role,
     Shard,
     WorkerHello,
     WorkerReport,
@@ -53,7 +53,7 @@ from polymux.transport.messages import (
 )
 from polymux.transport.region import this_host
 from polymux.transport.stream import WorkerServer
-from polymux.transport.units import NO_IDS, ClientId, Epoch, ModelName, PackedIds
+from polymux.transport.units import NO_IDS, ClientId, Epoch, ModelName, PackedIds, WorkerId
 
 log = logging.getLogger("polymux.worker")
 
@@ -78,6 +78,30 @@ class _Snapshot:
     cached_prefixes: PackedIds = NO_IDS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Everything a worker needs to know, in one value that crosses the process once."""
+
+    worker_id: WorkerId
+    role: Role  # its first assignment; the controller may give it the other, or both
+    arena_bytes: int
+    engine: EngineSettings
+    token: str = field(repr=False)  # the cluster's shared secret
+    store_address: str
+    host: str = "127.0.0.1"
+    num_threads: int = 1  # of each rank
+    num_ranks: int = 1  # processes of this instance, which share every model; arena and engine are those of each
+    rank_timeout_s: float = 30.0  # a rank that answers no other for so long is lost, and the instance with it
+    prefill_policy: str = "deadline"  # of `disagg.prefill`
+    prefill_settings: tuple[tuple[str, float], ...] = ()
+    decode_policy: str = "slack"  # of `disagg.turn_policies`
+    decode_settings: tuple[tuple[str, float], ...] = ()
+    kv: KVSettings = field(default_factory=KVSettings)
+    keep_s: float = KEEP_S  # how long a sequence that was given up here waits with its KV for the worker that goes on
+    costs_path: str | None = None  # folder of the costs that outlive a worker
+    probe_interval_s: float = 10.0  # how often an idle engine proves that it still computes
+
+
 class Worker:
     """`start` listens and says hello; `serve` begins under the epoch that the controller gave; `stop` frees everything."""
 
@@ -87,7 +111,7 @@ class Worker:
         self._region = self._device.create(settings.arena_bytes)
         self._store = StoreClient(settings.store_address, settings.token, Shard(rank=0, num_ranks=settings.num_ranks))
         self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
-        self._ranks = Ranks(settings.ranks, self._mailbox.wake) if settings.num_ranks > 1 else None
+        self._ranks = Ranks(_rank_settings(settings), self._mailbox.wake) if settings.num_ranks > 1 else None
         self._engine = Engine(self._region, settings.engine, self._store, device=self._device, ranks=self._ranks)
         kind = device_kind(settings.num_threads, settings.num_ranks)
         self._cost_file = CostFile(settings.costs_path, kind) if settings.costs_path else None
@@ -396,3 +420,17 @@ class Worker:
             num_threads=self.settings.num_threads,
             num_ranks=self.settings.num_ranks,
         )
+
+
+def _rank_settings(settings: WorkerSettings) -> RankSettings:
+    return RankSettings(
+        worker_id=settings.worker_id,
+        num_ranks=settings.num_ranks,
+        arena_bytes=settings.arena_bytes,
+        weight_reserve_bytes=settings.engine.weight_reserve_bytes,
+        num_threads=settings.num_threads,
+        batch_invariant=settings.engine.batch_invariant,
+        store_address=settings.store_address,
+        token=settings.token,
+        timeout_s=settings.rank_timeout_s,
+    )

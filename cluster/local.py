@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 
 from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
-from polymux.actors.worker import Worker
-from polymux.actors.worker_settings import WorkerSettings
+from polymux.actors.worker import Worker, WorkerSettings
 from polymux.cluster.config import ClusterConfig
 from polymux.cluster.devices import Seat, Seating, Slot, choose, seat, this_host
 from polymux.cluster.processes import WorkerHandle, WorkerPlace

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from polymux.actors.weight_store import ModelSource
-from polymux.actors.worker_settings import WorkerSettings
+from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig
 from polymux.cluster.devices import Seating
 from polymux.transport.errors import WorkerLost

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from polymux.actors.remote import ACTOR_THREADS, StoreActor, WorkerActor
 from polymux.actors.weight_store import ModelSource
 from polymux.actors.weights import builder
-from polymux.actors.worker_settings import WorkerSettings
+from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, ModelConfig, PoolConfig
 from polymux.cluster.devices import Seating
 from polymux.cluster.gangs import ENVIRONMENT, Gangs

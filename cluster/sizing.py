@@ -9,7 +9,7 @@ from pathlib import Path
 
 from polymux.actors.arena import default_slab_bytes
 from polymux.actors.engine import EngineSettings
-from polymux.actors.worker_settings import WorkerSettings
+from polymux.actors.worker import WorkerSettings
 from polymux.cluster.config import ClusterConfig, PoolConfig
 from polymux.cluster.devices import CPU_SEAT, Seat
 from polymux.transport.errors import ConfigError

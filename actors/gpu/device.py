@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polymux.actors.copier import MAX_PIECE_BYTES
+from polymux.actors.gpu.graphs import CudaGraphs, Graphs
 from polymux.actors.gpu.pinned import PinnedMaps
 from polymux.actors.gpu.runtime import Event, Runtime, Stream, TorchRuntime
 from polymux.actors.gpu.target import ImageTarget
@@ -69,11 +70,12 @@ class CudaDevice:
     is_async = True
     keep_images_s = KEEP_IMAGES_S
 
-    def __init__(self, runtime: Runtime | None = None) -> None:
+    def __init__(self, runtime: Runtime | None = None, graphs: Graphs | None = None) -> None:
         """Raises ConfigError where there is none."""
         self._runtime: Runtime = runtime or TorchRuntime()
         self.torch_device = self._runtime.device
         self.pinned = PinnedMaps(self._runtime)
+        self.graphs: Graphs | None = graphs or CudaGraphs()
         self._weights, self._out, self._in = (self._runtime.stream() for _ in range(3))
         self._own: set[int] = set()  # where the regions' memory begins
         self._is_closed = False
@@ -164,6 +166,8 @@ class CudaDevice:
         if not self._is_closed:
             self._is_closed = True
             self._runtime.synchronize()
+            if self.graphs is not None:
+                self.graphs.clear()
             self.pinned.close()
 
 

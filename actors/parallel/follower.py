@@ -19,7 +19,7 @@ import torch
 
 from polymux.actors.device import CpuDevice
 from polymux.actors.kv_blocks import kv_view
-from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.model_runner import ForwardBatch, Model, ModelRunner, SequenceSlice
 from polymux.actors.parallel.channel import RankChannel
 from polymux.actors.parallel.collectives import GlooCollectives
 from polymux.actors.store_client import StoreClient
@@ -57,7 +57,7 @@ class _Resident:
     spec: ModelSpec
     offset: int
     load: Load
-    bound: BoundModel | None = None
+    bound: Model | None = None
 
 
 class Follower:

@@ -42,7 +42,7 @@ class RankDevice:
         self._inner = inner
         self._ranks = ranks
         self.torch_device: torch.device = inner.torch_device
-        self.is_async, self.keep_images_s = inner.is_async, inner.keep_images_s
+        self.is_async, self.keep_images_s, self.graphs = inner.is_async, inner.keep_images_s, inner.graphs
 
     def enter(self) -> None:
         self._inner.enter()

@@ -8,21 +8,12 @@ from dataclasses import replace
 
 import pytest
 from late_device import LateDevice
+from planned_batches import KINDS, SAMPLED
 from test_swap import asks_of, tight_bytes
 from worker_pair import GREEDY, NAMES, prompt_of, running_pair
 
-from polymux.transport.messages import Cancel, SamplingParams
+from polymux.transport.messages import Cancel
 from polymux.transport.units import MIB, SequenceId
-
-SAMPLED = SamplingParams(max_tokens=40, temperature=0.9, top_p=0.95, top_k=40, seed=7)
-KINDS = {
-    "greedy": replace(GREEDY, max_tokens=40),
-    "sampled": SAMPLED,
-    "penalized": replace(SAMPLED, repetition_penalty=1.3, frequency_penalty=0.4),
-    "biased": replace(SAMPLED, logit_bias=((70, 3.0), (80, -5.0))),
-    "min tokens": replace(SAMPLED, min_tokens=20, stop_token_ids=tuple(range(8, 200))),
-    "min p": replace(SAMPLED, min_p=0.1, top_k=0),
-}
 
 
 @pytest.fixture

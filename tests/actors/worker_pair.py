@@ -15,8 +15,7 @@ from polymux.actors.engine import EngineSettings
 from polymux.actors.kept import KEEP_S
 from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
-from polymux.actors.worker import Worker
-from polymux.actors.worker_settings import WorkerSettings
+from polymux.actors.worker import Worker, WorkerSettings
 from polymux.transport.kv import KVSettings
 from polymux.transport.link import WorkerLink
 from polymux.transport.messages import Generate, ModelSpec, Peer, Role, SamplingParams, SequenceUpdate

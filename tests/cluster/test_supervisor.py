@@ -11,7 +11,7 @@ import pytest
 from controller_bench import spec
 
 from polymux.actors.weight_store import ModelSource
-from polymux.actors.worker_settings import WorkerSettings
+from polymux.actors.worker import WorkerSettings
 from polymux.cluster import supervisor as supervisor_module
 from polymux.cluster.config import ClusterConfig, LivenessConfig, ModelConfig, PoolConfig, PoolsConfig
 from polymux.cluster.devices import Seat, Seating, choose
