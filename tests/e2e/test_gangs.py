@@ -22,7 +22,7 @@ from polymux.transport.messages import Role
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 PLAYER = Path(__file__).parent.parent / "cluster" / "fake_nvml"
