@@ -25,7 +25,7 @@ from polymux.transport.units import Epoch, SequenceId, TransferId, WorkerId, unp
 
 
 class Coverage:
-    """Which (layer, block) cells of a transfer are done; each may be marked once."""
+    """Which (layer, block) cells of a transfer are claimed, and how many are still missing; each may be claimed, and then marked, once."""
 
     def __init__(self, num_layers: int, num_blocks: int) -> None:
         self.num_layers = num_layers
@@ -34,7 +34,7 @@ class Coverage:
         self._cells = [bytearray(num_blocks) for _ in range(num_layers)]
 
     def check(self, layer_lo: int, layer_hi: int, first_block: int, count: int) -> None:
-        """Raise GrantViolation unless these cells exist and are all missing."""
+        """Raise GrantViolation unless these cells exist and nobody has claimed one."""
         if not 0 <= layer_lo < layer_hi <= self.num_layers:
             raise GrantViolation(f"layers [{layer_lo}, {layer_hi}) of {self.num_layers}")
         if first_block < 0 or count < 1 or first_block + count > self.num_blocks:
@@ -44,10 +44,14 @@ class Coverage:
             if again >= 0:
                 raise GrantViolation(f"layer {layer} of block number {again} comes a second time")
 
-    def mark(self, layer_lo: int, layer_hi: int, first_block: int, count: int) -> None:
-        """After `check`."""
+    def claim(self, layer_lo: int, layer_hi: int, first_block: int, count: int) -> None:
+        """After `check`: these are on their way. The same bytes said twice would else count twice, and hide others that never came."""
         for layer in range(layer_lo, layer_hi):
             self._cells[layer][first_block : first_block + count] = b"\1" * count
+
+    def mark(self, layer_lo: int, layer_hi: int, first_block: int, count: int) -> None:
+        """These, checked and claimed by one caller, are done."""
+        self.claim(layer_lo, layer_hi, first_block, count)
         self.num_missing -= (layer_hi - layer_lo) * count
 
 
@@ -220,6 +224,7 @@ class SinkLedger:
             books.num_stale += 1
             return None
         _check_move(transfer, move)
+        transfer.coverage.claim(move.layer_lo, move.layer_hi, move.first_block, len(move.src_block_ids) // 4)
         transfer.state = SinkState.FILLING
         return transfer
 

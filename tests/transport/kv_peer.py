@@ -376,8 +376,9 @@ class Decoder:
         self.region.close()
 
     def report(self) -> dict[str, Any]:
+        is_whole = self.is_whole()  # first: outcomes that are read before may be older
         outcomes = [t.outcome for t in self.transfers.values()]
-        return {"whole": self.is_whole(), "outcomes": outcomes, "wrong": self.num_wrong, "free": len(self.pool.free)}
+        return {"whole": is_whole, "outcomes": outcomes, "wrong": self.num_wrong, "free": len(self.pool.free)}
 
 
 def main() -> None:

@@ -300,6 +300,16 @@ def test_coverage_counts_what_is_missing() -> None:
     coverage.check(2, 3, 0, 4)
 
 
+def test_what_is_said_twice_while_it_is_on_its_way_does_not_count_for_what_never_came() -> None:
+    coverage = Coverage(1, 4)
+    coverage.check(0, 1, 0, 2)
+    coverage.claim(0, 1, 0, 2)
+    with pytest.raises(GrantViolation, match="a second time"):
+        coverage.check(0, 1, 0, 2)
+    coverage.mark(0, 1, 0, 2)
+    assert coverage.num_missing == 2
+
+
 UNIT = SMALL.block_bytes
 LAYOUTS = {1: SMALL, 3: LARGE}  # units in a block
 
