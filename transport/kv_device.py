@@ -99,7 +99,7 @@ class DeviceReceiver:
                 return
         with self._lock:
             self._queue.append(Arrival(item, transfer))
-        self._mover.post(_nothing)
+        self._mover.wake()
 
     def abandon(self, transfer_id: TransferId) -> bool:
         with self._lock:
@@ -212,7 +212,7 @@ class DeviceReceiver:
                 slab.scatter(grid, block_ids, layers)
                 if move.num_checked_blocks:
                     slab.gather_back(grid, move.num_checked_blocks, layers)
-                    slab.download(_checked_bytes(move))
+                    slab.download(move.num_checked_bytes)
         except BaseException:
             arrival.has_failed = True  # what was enqueued is waited for all the same
             raise
@@ -222,7 +222,7 @@ class DeviceReceiver:
     def _written(self, arrival: Arrival, slab: Slab) -> None:
         move, transfer = arrival.item, arrival.transfer
         assert isinstance(move, Move) and transfer is not None
-        crc32 = slab.checksum(_checked_bytes(move)) if move.num_checked_blocks and not arrival.has_failed else 0
+        crc32 = slab.checksum(move.num_checked_bytes) if move.num_checked_blocks and not arrival.has_failed else 0
         with self._lock:
             arrival.is_writing, arrival.is_over = False, True
         self._give_back(arrival)
@@ -284,11 +284,3 @@ class DeviceReceiver:
             call()
         except PolymuxError as error:
             self._landing.broken(error)
-
-
-def _checked_bytes(move: Move) -> int:
-    return move.num_bytes // (len(move.src_block_ids) // 4) * move.num_checked_blocks
-
-
-def _nothing() -> None:
-    """Wakes the mover up."""

@@ -223,7 +223,7 @@ class NcclSender:
             if self._is_closed:
                 return
             self._queue.append(departure)
-        self._mover.post(_nothing)
+        self._mover.wake()
 
     def _drop(self, transfer_id: TransferId | None, then: Callable[[], None]) -> None:
         """Begin to read nothing more of this transfer, or of any, and call back once what was begun is over."""
@@ -300,7 +300,7 @@ class NcclSender:
             with self._lane.on():
                 slab.gather(source, unpack_ids(move.src_block_ids), range(move.layer_lo, move.layer_hi))
                 if move.num_checked_blocks:
-                    slab.download(_checked_bytes(move))
+                    slab.download(move.num_checked_bytes)
         except BaseException:
             departure.is_forgotten = True  # what was enqueued is waited for all the same
             raise
@@ -333,7 +333,7 @@ class NcclSender:
         if not is_wanted:
             self._give_back(departure)
         elif isinstance(item, Move) and slab is not None:
-            crc32 = slab.checksum(_checked_bytes(item)) if item.num_checked_blocks else 0
+            crc32 = slab.checksum(item.num_checked_bytes) if item.num_checked_blocks else 0
             self._say(replace(item, seq=self._next_seq, crc32=crc32))
             self._next_seq += 1
             departure.operation = self._link.post(slab, item.num_bytes, now_s)
@@ -405,11 +405,3 @@ def attach_nccl(
     sender = NcclSender(link, mover, reactor, say, broken)
     mover.post(open_link)
     return sender
-
-
-def _checked_bytes(move: Move) -> int:
-    return move.num_bytes // (len(move.src_block_ids) // 4) * move.num_checked_blocks
-
-
-def _nothing() -> None:
-    """Wakes the mover up."""

@@ -171,6 +171,10 @@ class Move:
     num_checked_blocks: int
     crc32: int
 
+    @property
+    def num_checked_bytes(self) -> int:
+        return self.num_bytes // (len(self.src_block_ids) // 4) * self.num_checked_blocks
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:

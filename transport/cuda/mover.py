@@ -90,6 +90,11 @@ class Mover:
             self._posted.append(partial(function, *args))
             self._wake.notify_all()
 
+    def wake(self) -> None:
+        """A task has work that it had not."""
+        with self._wake:
+            self._wake.notify_all()
+
     async def ask(self, function: Callable[[], T], within_s: float) -> T:
         """What it returns, or raises, in the mover's thread. Raises TransferTimeout where that is too busy to answer."""
         answer: concurrent.futures.Future[T] = concurrent.futures.Future()
