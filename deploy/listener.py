@@ -24,7 +24,20 @@ BACKLOG = 1024
 
 
 class _Server(uvicorn.Server):
-    """Signals are Ray's business in here."""
+    """Signals are Ray's business in here. Ticks once a second, for the Date header, and not ten times: an idle front door sleeps."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        self.should_exit = True
+        self._closing.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), 1.0)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -82,7 +95,7 @@ class Listening:
 
     async def _close(self) -> None:
         """Stop accepting, and let open responses end within the drain time."""
-        self._server.should_exit = True
+        self._server.close()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
         self._socket.close()

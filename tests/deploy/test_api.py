@@ -198,7 +198,7 @@ async def test_slo_and_deadline_headers_reach_controller_and_worker(client: http
     assert (ask.ttft_slo_s, ask.tpot_slo_s) == (0.25, 0.0125)
     assert 6.0 < ask.deadline_s <= 7.0
     assert 6.0 < command.deadline_s <= 7.0
-    assert command.ttft_slo_s == 0.25
+    assert command.tpot_slo_s == 0.0125
 
 
 @pytest.mark.parametrize(

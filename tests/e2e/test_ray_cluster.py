@@ -116,20 +116,39 @@ async def test_a_client_that_goes_away_frees_its_blocks_within_a_second(url: str
     assert seen["stats"]["num_inflight"] == 0 and time.monotonic() - closed_s < 2.5
 
 
-async def test_an_idle_cluster_takes_less_than_5_percent_of_a_core(url: str) -> None:
-    """The least of four windows: on a machine with neighbours the same work costs more time, never less."""
+async def test_an_idle_cluster_takes_less_than_5_percent_of_a_core_beyond_what_ray_takes_for_its_actors(url: str) -> None:
+    """Ray wakes every actor a hundred times a second, which costs 0.5 to 2.5% of a core each, by the machine and its neighbours: what actors
+    that do nothing are seen to take in the same windows is Ray's. The least of four windows: the same work never costs less."""
     await harness.wait_idle(url)
     watched = list(pids(await harness.topology(url)).values()) + front_doors_and_controller()
     assert len(watched) >= 5
-    shares = [await cpu_share(watched, 6.0) for _ in range(4)]
-    assert min(shares) < 0.05, shares
+    bare = [BareActor.remote() for _ in range(3)]
+    bare_pids = await asyncio.gather(*(actor.pid.remote() for actor in bare))
+    await asyncio.sleep(3.0)  # they have just started
+    shares = [await cpu_shares(watched, bare_pids, 6.0) for _ in range(4)]
+    for actor in bare:
+        ray.kill(actor)
+    assert min(ours - len(watched) * theirs / len(bare) for ours, theirs in shares) < 0.05, shares
 
 
-async def cpu_share(watched: list[int], seconds: float) -> float:
-    """CPU time of these processes together, in cores, over a while."""
-    began_s, before = time.monotonic(), sum(map(harness.cpu_seconds, watched))
+@ray.remote(num_cpus=0)
+class BareActor:
+    """What Ray itself costs: asynchronous, as ours are, and never called again."""
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+async def cpu_shares(ours: list[int], theirs: list[int], seconds: float) -> tuple[float, float]:
+    """CPU time of these processes, and of those, in cores, over a while."""
+
+    def used() -> tuple[float, float]:
+        return sum(map(harness.cpu_seconds, ours)), sum(map(harness.cpu_seconds, theirs))
+
+    began_s, before = time.monotonic(), used()
     await asyncio.sleep(seconds)
-    return (sum(map(harness.cpu_seconds, watched)) - before) / (time.monotonic() - began_s)
+    elapsed_s, after = time.monotonic() - began_s, used()
+    return (after[0] - before[0]) / elapsed_s, (after[1] - before[1]) / elapsed_s
 
 
 def front_doors_and_controller() -> list[int]:
