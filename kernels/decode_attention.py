@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from polymux.kernels import packed_dot
+from polymux.kernels import packed_dot, packed_sums
 from polymux.kernels.decode_math import LOWEST, ONE, ZERO, floats, halves, integers, jit, narrow, widen
 from polymux.kernels.decode_records import SLOTS
-from polymux.kernels.packed_dot import LANES, LINE_BYTES, prefetch
+from polymux.kernels.llvm_vectors import LANES, LINE_BYTES, prefetch
 
-_slot_tiles, _slot_dots, _slot_weights = packed_dot.slot_tiles(), packed_dot.slot_dots(), packed_dot.slot_weights()
-_slot_sums_8, _slot_sums_4, _slot_sums_2, _slot_sums_1 = (packed_dot.slot_sums(heads) for heads in (8, 4, 2, 1))
+_slot_tiles, _slot_dots, _slot_weights = packed_dot.slot_tiles(), packed_dot.slot_dots(), packed_sums.slot_weights()
+_slot_sums_8, _slot_sums_4, _slot_sums_2, _slot_sums_1 = (packed_sums.slot_sums(heads) for heads in (8, 4, 2, 1))
 
 
 @jit

@@ -13,11 +13,13 @@ import numba
 import numpy as np
 from numba import carray, from_dtype, types
 
-from polymux.kernels import packed_dot
+from polymux.kernels import packed_dot, packed_sums
 from polymux.kernels.decode_attention import attend
 from polymux.kernels.decode_math import ONE, OPTIONS, ZERO, exp, floats, halves, jit, narrow, widen
 from polymux.kernels.decode_records import CALL, GROUP_LINES
-from polymux.kernels.packed_dot import DOT_ROWS, LANES, MAX_ROWS, configure_tiles, release_tiles
+from polymux.kernels.llvm_vectors import LANES
+from polymux.kernels.packed_dot import DOT_ROWS, MAX_ROWS, configure_tiles, release_tiles
+from polymux.kernels.packed_sums import Ending
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
@@ -46,6 +48,10 @@ def _dots(blocks: int, lines: int) -> Callable[..., None]:
 
 _dots_4_2, _dots_2_2, _dots_1_2, _dots_2_4, _dots_1_4 = _dots(4, 2), _dots(2, 2), _dots(1, 2), _dots(2, 4), _dots(1, 4)
 _tiles_2_2, _tiles_1_2, _tiles_1_4 = packed_dot.tile_group(2, 2), packed_dot.tile_group(1, 2), packed_dot.tile_group(1, 4)
+_plain_2, _plain_4 = packed_sums.end_rows(Ending.PLAIN, 2), packed_sums.end_rows(Ending.PLAIN, 4)
+_rounded_2, _rounded_4 = packed_sums.end_rows(Ending.ROUNDED, 2), packed_sums.end_rows(Ending.ROUNDED, 4)
+_added_2, _added_4 = packed_sums.end_rows(Ending.ADDED, 2), packed_sums.end_rows(Ending.ADDED, 4)
+_gated_2, _gated_4 = packed_sums.end_gated_rows(2), packed_sums.end_gated_rows(4)
 
 
 @jit
@@ -98,11 +104,47 @@ def _end(step: Any) -> None:
 
 
 @jit
-def _add_bias(m: Any, start: Any, sums: Any, count: Any) -> None:
-    if m.bias:
-        bias = halves(m.bias + 2 * start, count)
+def _end_block(kind: Any, lines: Any, sums: Any, rows: Any, out: Any, pitch: Any, start: Any, bias: Any) -> None:
+    """A whole block's sums to columns from `start` of an `out` of `pitch` columns."""
+    if kind == 1:
+        if lines == 4:
+            _added_4(sums, rows, out + 2 * start, 2 * pitch, bias)
+        else:
+            _added_2(sums, rows, out + 2 * start, 2 * pitch, bias)
+    elif kind == 2:
+        if lines == 4:
+            _rounded_4(sums, rows, out + 4 * start, 4 * pitch, bias)
+        else:
+            _rounded_2(sums, rows, out + 4 * start, 4 * pitch, bias)
+    elif lines == 4:
+        _plain_4(sums, rows, out + 4 * start, 4 * pitch, bias)
+    else:
+        _plain_2(sums, rows, out + 4 * start, 4 * pitch, bias)
+
+
+@jit
+def _end_part(kind: Any, sums: Any, size: Any, rows: Any, out: Any, pitch: Any, start: Any, bias: Any) -> None:
+    """As `_end_block`, of a block whose last rows are padding."""
+    count = pitch - start
+    for row in range(rows):
+        found = floats(sums + 4 * row * size, count)
+        _add_bias(bias, found, count)
+        if kind == 1:
+            into = halves(out + 2 * (row * pitch + start), count)
+            for j in range(count):
+                into[j] = narrow(found[j] + widen(into[j]))
+        else:
+            values = floats(out + 4 * (row * pitch + start), count)
+            for j in range(count):
+                values[j] = widen(narrow(found[j])) if kind == 2 else found[j]
+
+
+@jit
+def _add_bias(bias: Any, sums: Any, count: Any) -> None:
+    if bias:
+        values = halves(bias, count)
         for i in range(count):
-            sums[i] += widen(bias[i])
+            sums[i] += widen(values[i])
 
 
 @jit
@@ -116,18 +158,11 @@ def _product(m: Any, step: Any, x: Any, scratch: Any, member: Any, team: Any, ou
             _group(m, m.weight + first * nbytes, apart * nbytes, blocks, step, x, scratch)
             for i in range(blocks):
                 start = (first + i * apart) * size
-                count = min(size, m.rows - start)
-                for row in range(step.rows):
-                    sums = floats(scratch + 4 * (i * MAX_ROWS + row) * size, count)
-                    _add_bias(m, start, sums, count)
-                    if kind == 1:
-                        into = halves(out + 2 * (row * m.rows + start), count)
-                        for j in range(count):
-                            into[j] = narrow(sums[j] + widen(into[j]))
-                    else:
-                        found = floats(out + 4 * (row * m.rows + start), count)
-                        for j in range(count):
-                            found[j] = widen(narrow(sums[j])) if kind == 2 else sums[j]
+                sums, bias = scratch + 4 * i * MAX_ROWS * size, m.bias + 2 * start if m.bias else 0
+                if start + size <= m.rows:
+                    _end_block(kind, m.lines, sums, step.rows, out, m.rows, start, bias)
+                else:
+                    _end_part(kind, sums, size, step.rows, out, m.rows, start, bias)
         block += apart * blocks
         blocks //= 2
     _end(step)
@@ -147,14 +182,20 @@ def _gated(gate: Any, up: Any, step: Any, x: Any, scratch: Any, member: Any, tea
         else:
             _group(gate, weight, up.weight - gate.weight, 2, step, x, scratch)
         start = block * size
-        count = min(size, gate.rows - start)
-        for row in range(step.rows):
-            gates, ups = floats(scratch + 4 * row * size, count), floats(other + 4 * row * size, count)
-            _add_bias(gate, start, gates, count)
-            _add_bias(up, start, ups, count)
-            out = halves(step.hidden + 2 * (row * pitch + start), count)
-            for j in range(count):
-                out[j] = narrow(gates[j] * ups[j] / (ONE + exp(-gates[j])))
+        whole, count = start + size <= gate.rows, min(size, gate.rows - start)
+        if gate.bias or up.bias or not whole:
+            for row in range(step.rows):
+                gates, ups = floats(scratch + 4 * row * size, count), floats(other + 4 * row * size, count)
+                _add_bias(gate.bias + 2 * start if gate.bias else 0, gates, count)
+                _add_bias(up.bias + 2 * start if up.bias else 0, ups, count)
+                if not whole:
+                    out = halves(step.hidden + 2 * (row * pitch + start), count)
+                    for j in range(count):
+                        out[j] = narrow(gates[j] * ups[j] / (ONE + exp(-gates[j])))
+        if whole and gate.lines == 4:
+            _gated_4(scratch, other, step.rows, step.hidden + 2 * start, 2 * pitch)
+        elif whole:
+            _gated_2(scratch, other, step.rows, step.hidden + 2 * start, 2 * pitch)
     _end(step)
 
 

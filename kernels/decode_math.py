@@ -9,7 +9,7 @@ import numba
 import numpy as np
 from numba import carray
 
-from polymux.kernels.packed_dot import EXP, bits_of_float, float_of_bits, pointer
+from polymux.kernels.llvm_vectors import EXP, bits_of_float, float_of_bits, pointer
 
 F = TypeVar("F", bound=Callable[..., Any])
 

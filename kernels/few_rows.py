@@ -32,7 +32,7 @@ MAX_ROWS = 16
 MAX_ROWS_WITHOUT_TILES = 8  # then the products of more rows are bound by arithmetic, and torch does as well
 LANES = 16
 COMPILE_S = 120.0  # to wait for another process that compiles
-SOURCES = ("decode_layer.py", "decode_attention.py", "decode_math.py", "packed_dot.py", "decode_records.py")  # of the compiled code
+COMPILED = ("decode_layer", "decode_attention", "decode_math", "decode_records", "packed_dot", "packed_sums", "llvm_vectors")
 
 
 class Layer(Protocol):
@@ -223,7 +223,7 @@ def compiled() -> Compiled:
 
 def _cache_folder() -> str | None:
     """Where compiled code outlives the process, by the sources it came from; None when there is no such place."""
-    sources = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in COMPILED]
     folder = (
         Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polymux" / hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     )

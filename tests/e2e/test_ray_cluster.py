@@ -117,8 +117,8 @@ async def test_a_client_that_goes_away_frees_its_blocks_within_a_second(url: str
 
 
 async def test_an_idle_cluster_takes_less_than_5_percent_of_a_core_beyond_what_ray_takes_for_its_actors(url: str) -> None:
-    """Ray wakes every actor a hundred times a second, which costs 0.5 to 2.5% of a core each, by the machine and its neighbours: what actors
-    that do nothing are seen to take in the same windows is Ray's. The least of four windows: the same work never costs less."""
+    """Ray wakes every actor a hundred times a second, which costs 0.5 to 2.5% of a core each, by the machine and its neighbours: what
+    actors that do nothing are seen to take in the same windows is Ray's. The least of four windows: the same work never costs less."""
     await harness.wait_idle(url)
     watched = list(pids(await harness.topology(url)).values()) + front_doors_and_controller()
     assert len(watched) >= 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -185,3 +186,47 @@ def test_sums_of_pairs_with_and_without_the_instruction(
     run(weight.data_ptr(), 4 * pairs * block, x.data_ptr(), pairs, out.ctypes.data)
     expected = torch.einsum("bpnk,rpk->brn", weight.float(), x.float().view(num_rows, pairs, 2))
     torch.testing.assert_close(torch.from_numpy(out[:, :num_rows]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lines", [2, 4])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("ending", ["plain", "rounded", "added"])
+def test_sums_go_where_they_are_to_with_a_bias_or_none(ending: str, biased: bool, lines: int) -> None:
+    from numba import njit
+
+    from polymux.kernels import packed_sums
+
+    end = packed_sums.end_rows(packed_sums.Ending(ending), lines)
+
+    @njit  # type: ignore[untyped-decorator]
+    def run(sums: int, rows: int, out: int, pitch: int, bias: int) -> None:
+        end(sums, rows, out, pitch, bias)
+
+    num_rows, columns = 3, 16 * lines
+    sums, bias = torch.randn(num_rows, columns), bf16(columns) if biased else None
+    out = torch.full((num_rows, columns + 5), 7.0, dtype=torch.bfloat16 if ending == "added" else torch.float32)
+    run(sums.data_ptr(), num_rows, out.data_ptr(), out.stride(0) * out.itemsize, 0 if bias is None else bias.data_ptr())
+    expected = sums + bias.float() if bias is not None else sums
+    expected = {"plain": expected, "rounded": expected.bfloat16().float(), "added": (expected + 7.0).bfloat16()}[ending]
+    assert torch.equal(out[:, :columns], expected)
+    assert torch.equal(out[:, columns:], torch.full((num_rows, 5), 7.0, dtype=out.dtype))
+
+
+@pytest.mark.parametrize("lines", [2, 4])
+def test_gates_open_by_silu_at_any_size_of_number(lines: int) -> None:
+    from numba import njit
+
+    from polymux.kernels import packed_sums
+
+    end = packed_sums.end_gated_rows(lines)
+
+    @njit  # type: ignore[untyped-decorator]
+    def run(gates: int, ups: int, rows: int, out: int, pitch: int) -> None:
+        end(gates, ups, rows, out, pitch)
+
+    columns = 16 * lines
+    gates, ups = torch.linspace(-300, 300, 3 * columns).view(3, columns), torch.randn(3, columns)
+    gates[0, 0] = math.nan
+    out = torch.zeros(3, columns, dtype=torch.bfloat16)
+    run(gates.data_ptr(), ups.data_ptr(), 3, out.data_ptr(), 2 * columns)
+    torch.testing.assert_close(out, (torch.nn.functional.silu(gates) * ups).bfloat16(), rtol=1e-2, atol=1e-30, equal_nan=True)
