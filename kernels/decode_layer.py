@@ -1,4 +1,4 @@
-"""One decoder layer over a few rows of single tokens, compiled: each thread of torch's own team runs `layer`, and they meet at barriers.
+"""Decoder layers over a few rows of single tokens, compiled: each thread of torch's own team runs `run`, and they meet at barriers.
 
 Activations are bf16 between the steps and sums fp32, as elsewhere. Norms are computed by every thread for itself, which is cheaper than
 meeting; products are split by blocks of weight rows, attention by sequence and KV head.
@@ -16,8 +16,8 @@ from numba import carray, from_dtype, types
 from polymux.kernels import packed_dot, packed_sums
 from polymux.kernels.decode_attention import attend
 from polymux.kernels.decode_math import ONE, OPTIONS, ZERO, exp, floats, halves, jit, narrow, widen
-from polymux.kernels.decode_records import CALL, GROUP_LINES
-from polymux.kernels.llvm_vectors import LANES
+from polymux.kernels.decode_records import GROUP_LINES, LAYER, RUN
+from polymux.kernels.llvm_vectors import LANES, pointer
 from polymux.kernels.packed_dot import DOT_ROWS, MAX_ROWS, configure_tiles, release_tiles
 from polymux.kernels.packed_sums import Ending
 
@@ -228,11 +228,8 @@ def _attend_all(layer: Any, step: Any, scratch: Any, member: Any, team: Any) -> 
         release_tiles()
 
 
-def layer(address: Any) -> None:
-    call = carray(address, 1)[0]
-    layer, step = call.layer, call.step
-    member, team = np.int64(_thread_num()), np.int64(_num_threads())
-    scratch = step.scratch + step.scratch_bytes * member
+@jit
+def _layer(layer: Any, step: Any, scratch: Any, member: Any, team: Any) -> None:
     normed = _norm(step, layer.input_norm, 2 * layer.qkv.pairs, member)
     _product(layer.qkv, step, normed, scratch, member, team, step.heads, 0)
     _barrier()
@@ -246,20 +243,27 @@ def layer(address: Any) -> None:
     _product(layer.down, step, step.hidden, scratch, member, team, step.x, 1)
 
 
-def predict(address: Any) -> None:
-    """Logits by `layer.qkv`, which is the head, after `layer.input_norm`, which is the last norm."""
+def run(address: Any) -> None:
     call = carray(address, 1)[0]
+    step = call.step
+    layers = carray(pointer(call.layers), (call.last + 1,), LAYER)
     member, team = np.int64(_thread_num()), np.int64(_num_threads())
-    normed = _norm(call.step, call.layer.input_norm, 2 * call.layer.qkv.pairs, member)
-    _product(call.layer.qkv, call.step, normed, call.step.scratch + call.step.scratch_bytes * member, member, team, call.step.logits, 2)
+    scratch = step.scratch + step.scratch_bytes * member
+    for i in range(call.first, call.end):
+        if i > call.first:
+            _barrier()
+        if i < call.last:
+            _layer(layers[i], step, scratch, member, team)
+        else:
+            normed = _norm(step, layers[i].input_norm, 2 * layers[i].qkv.pairs, member)
+            _product(layers[i].qkv, step, normed, scratch, member, team, step.logits, 2)
 
 
-def compile_both(cache_folder: str | None) -> tuple[Any, Any]:
-    """`layer` and `predict` as C functions of one address of a CALL. Takes seconds, unless an earlier process left them in the folder."""
+def compile_run(cache_folder: str | None) -> Any:
+    """`run` as a C function of one address of a RUN. Takes seconds, unless an earlier process left it in the folder."""
     options = {"nopython": True, "cache": cache_folder is not None, **OPTIONS}
-    signature = types.void(types.CPointer(from_dtype(CALL)))
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, cache_folder or ""
     try:
-        return numba.cfunc(signature, **options)(layer), numba.cfunc(signature, **options)(predict)
+        return numba.cfunc(types.void(types.CPointer(from_dtype(RUN))), **options)(run)
     finally:
         numba.config.CACHE_DIR = before

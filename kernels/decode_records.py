@@ -25,4 +25,5 @@ STEP = np.dtype(
 """`size` is the model's width. `tiles` is the address of their configuration for the rows, `wide_tiles` of attention's; 0 where a CPU has
 none. `normed` and `scratch` have a part for each thread."""
 
-CALL = np.dtype([("layer", LAYER), ("step", STEP)])
+RUN = np.dtype([(name, "i8") for name in ("layers", "first", "end", "last")] + [("step", STEP)])
+"""Layers `first` to `end` of the records at `layers`. The one numbered `last` is the head: its `qkv`, after its `input_norm`."""

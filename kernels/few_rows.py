@@ -1,4 +1,4 @@
-"""Decode steps of a few sequences in compiled calls, one a layer: where a step is bound by memory and torch's dispatch costs a third.
+"""Decode steps of a few sequences in one compiled call, or one a layer: where a step is bound by memory and torch's dispatch costs a third.
 
 numba compiles, when it is installed; torch's own OpenMP team runs, so that no second pool of threads spins beside it. The weights are
 oneDNN's packed bytes, read in place: the products of many rows use the same image.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from polymux.kernels import onednn
-from polymux.kernels.decode_records import CALL, GROUP_LINES, MATRIX, SLOTS, STEP
+from polymux.kernels.decode_records import GROUP_LINES, LAYER, MATRIX, RUN, SLOTS, STEP
 from polymux.kernels.paged import CacheShape
 
 MAX_ROWS = 16
@@ -85,10 +85,11 @@ class FewRows:
                 f"a cache of {kv.dtype} and heads of {shape.head_dim} in blocks of {shape.block_size} is not read in whole vectors"
             )
         self._size, self._vocab_size = final_norm.shape[0], head.shape[0]
-        self._calls = [np.zeros(1, CALL) for _ in range(len(layers) + 1)]
+        self._records = np.zeros(len(layers) + 1, LAYER)
+        self._run = np.zeros(1, RUN)
         strip = 2 * shape.block_size * shape.head_dim
         for i, (layer, window) in enumerate(zip(layers, heads.windows, strict=True)):
-            record = self._calls[i]["layer"][0]
+            record = self._records[i]
             for name in ("input_norm", "head_norms", "post_norm"):
                 record[name] = _address(getattr(layer, name))
             for name in ("qkv", "output", "gate", "up", "down"):
@@ -96,11 +97,11 @@ class FewRows:
             record["k"] = kv.data_ptr() + i * 2 * shape.num_kv_heads * strip
             record["v"] = record["k"] + shape.num_kv_heads * strip
             record["window"] = window or 0
-        last = self._calls[-1]["layer"][0]
+        last = self._records[-1]
         last["input_norm"], last["qkv"] = _address(final_norm), _matrix(head, None)
         self._step = self._first_step(shape, heads)
         self._compiled = compiled()
-        self._addresses = [call.ctypes.data for call in self._calls]
+        self._run["layers"], self._run["last"] = self._records.ctypes.data, len(layers)
         self._alive: tuple[object, ...] = ()
         self._kept = (layers, final_norm, head, kv)
         self._memory: list[Tensor] = []
@@ -124,7 +125,7 @@ class FewRows:
 
     def _take_memory(self, num_threads: int) -> None:
         """Room between the steps of a layer, for the most rows. Rows of what products read are padded, and the padding stays zero."""
-        step, first, last = self._step, self._calls[0]["layer"][0], self._calls[-1]["layer"][0]
+        step, first, last = self._step, self._records[0], self._records[-1]
         widest = 2 * max(int(m["pairs"]) for m in (first["qkv"], first["gate"], last["qkv"]))
         sizes = {
             "heads": 4 * int(first["qkv"]["rows"]) * MAX_ROWS,
@@ -161,22 +162,24 @@ class FewRows:
         self._alive = (x, cos, sin, padded, counts, tiles, wide_tiles)
         self._logits = logits
 
-    def layer(self, i: int) -> None:
-        """Layer i of the step: afterwards its K and V are in the cache."""
-        self._calls[i]["step"][0] = self._step
-        self._compiled.parallel(self._compiled.layer, self._addresses[i], self._num_threads, 0)
+    def layers(self, first: int, end: int) -> None:
+        """Layers `first` to `end` of the step: afterwards their K and V are in the cache."""
+        self._compute(first, end)
 
-    def logits(self) -> Tensor:
-        """fp32 [T, V], as bf16 holds them, after the last layer."""
-        self._calls[-1]["step"][0] = self._step
-        self._compiled.parallel(self._compiled.predict, self._addresses[-1], self._num_threads, 0)
+    def logits(self, first: int | None = None) -> Tensor:
+        """fp32 [T, V], as bf16 holds them, after the last layer; and after layers `first` to the last, which are run at once, if given."""
+        last = len(self._records) - 1
+        self._compute(last if first is None else first, last + 1)
         return self._logits
+
+    def _compute(self, first: int, end: int) -> None:
+        self._run["first"], self._run["end"], self._run["step"] = first, end, self._step
+        self._compiled.parallel(self._compiled.run, self._run.ctypes.data, self._num_threads, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    layer: int  # address of the C function
-    predict: int
+    run: int  # address of the C function
     tiles: tuple[Any, ...]  # by number of rows: their configuration, or None
     parallel: Callable[..., None]
     alive: object
@@ -213,12 +216,12 @@ def compiled() -> Compiled:
 
     folder = _cache_folder()
     with _alone_in(folder):
-        layer, predict = decode_layer.compile_both(folder)
+        run = decode_layer.compile_run(folder)
     parallel = library.GOMP_parallel
     parallel.restype, parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     has_tiles = packed_dot.HAS_TILES and torch.cpu._init_amx()
     tiles = [np.frombuffer(packed_dot.tile_configuration(n), np.uint8) if has_tiles and n else None for n in range(MAX_ROWS + 1)]
-    return Compiled(layer.address, predict.address, tuple(tiles), parallel, (layer, predict))
+    return Compiled(run.address, tuple(tiles), parallel, run)
 
 
 def _cache_folder() -> str | None:

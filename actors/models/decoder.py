@@ -193,10 +193,12 @@ class Decoder:
         cos, sin = self._rotary.at(torch.tensor(lengths), max(lengths))
         x = ops.embed(weights.embedding, token_ids, self.config.hidden_size).contiguous()
         few_rows.begin(x, [span.block_ids for span in spans], lengths, cos, sin)
+        if before_layer is None and on_layer is None:
+            return few_rows.logits(0)
         for i in range(self.config.num_layers):
             if before_layer is not None:
                 before_layer(i)
-            few_rows.layer(i)
+            few_rows.layers(i, i + 1)
             if on_layer is not None:
                 on_layer(i)
         if before_layer is not None:

@@ -139,7 +139,7 @@ def test_a_step_is_what_the_reference_computes(case: Case, seed: int) -> None:
     if not case.may_use_tiles:
         compiled.without_tiles()
     compiled.begin(x, tables, case.lengths, cos, sin)
-    compiled.layer(0)
+    compiled.layers(0, 1)
     assert_close(x, expected)
     assert_close(kv, expected_kv)
     assert_close(compiled.logits(), reference.linear(reference.rms_norm(x, final_norm, EPS), head))
