@@ -244,6 +244,7 @@ class Engine:
             self._ranks.close()
         self.residency.close()
         self._bound.clear()
+        self._runner.forget()
         self.device.close()
         self.arena.close()
 

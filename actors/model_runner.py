@@ -5,7 +5,8 @@ A skeleton is built once for each architecture shape; a model of that shape cost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # Rows are padded to one of these: each count of rows costs oneDNN a set of kernels of its own, half a megabyte for each shape of weight.
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 ROW_STEP = 64  # beyond the last of them
+MAX_BOUND = 32  # models and places that are kept bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class ModelRunner:
         self.device = torch.device(device)
         self._collectives = collectives
         self._skeletons: dict[tuple[ArchConfig, torch.dtype], Decoder] = {}
+        self._bound: OrderedDict[Hashable, Model] = OrderedDict()  # by model and place, the latest last
 
     def prepare(self, dtype: str) -> None:
         """Compile what steps in `dtype` run by, so that no request waits for it: seconds for the first process of a machine."""
@@ -105,13 +108,30 @@ class ModelRunner:
             ops.prepare_few_rows(DTYPES[dtype])
 
     def bind(self, manifest: ImageManifest, weights: Tensor, kv: Tensor) -> Model:
-        """A model ready to run, over the uint8 image `weights` and the cache `kv` [N, L, 2, Hkv, S, D]; both must outlive it.
+        """A model ready to run, over the uint8 image `weights` and the cache `kv` [N, L, 2, Hkv, S, D]; both must outlive this runner, or
+        the next `forget`: a model that returns to a place where it was before is not bound again.
 
         Raises CheckpointError or WireError for an image that cannot be run, ConfigError for a cache of another shape.
         """
+        key = (manifest.digest, manifest.shard, manifest.dtype, weights.data_ptr(), kv.data_ptr(), kv.shape)
+        if self._planned is not None:
+            return self._bind(manifest, weights, kv, key)
+        model = self._bound.pop(key, None)
+        if model is None:
+            model = self._bind(manifest, weights, kv, key)
+            if len(self._bound) == MAX_BOUND:
+                self._bound.popitem(last=False)
+        self._bound[key] = model
+        return model
+
+    def forget(self) -> None:
+        """Let go of all weights and caches."""
+        self._bound.clear()
+
+    def _bind(self, manifest: ImageManifest, weights: Tensor, kv: Tensor, key: Hashable) -> Model:
+        dtype = DTYPES[manifest.dtype]
         whole = ArchConfig.from_json(manifest.config_json, "the weight image's config.json")
         config = rank_config(whole, manifest.shard.num_ranks)
-        dtype = DTYPES[manifest.dtype]
         layout = config.kv_layout(manifest.dtype)
         wanted = (layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
         if tuple(kv.shape[1:]) != wanted or kv.dtype != dtype or not kv.is_contiguous():
@@ -122,7 +142,6 @@ class ModelRunner:
             skeleton = self._skeletons[whole, dtype] = self._make(whole, dtype)
         bound = bind_weights(config, manifest, weights)
         if self._planned is not None:
-            key = (manifest.digest, manifest.shard, dtype, weights.data_ptr(), kv.data_ptr())
             return self._planned.bind(skeleton, bound, PagedCache(kv), key)
         return BoundModel(skeleton, bound, PagedCache(kv), self.device)
 

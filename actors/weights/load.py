@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 import torch
@@ -28,6 +28,8 @@ from polymux.transport.units import ModelName
 from polymux.transport.weights import OpenImage, read_image
 
 LOAD_S = 180.0  # for an image to come in, whatever it takes to build it
+MAX_MANIFESTS = 64  # that are kept parsed
+_PAGE_BYTES = 4096
 
 Work = Callable[[], None]
 
@@ -255,7 +257,7 @@ class Load:
         try:
             image = self._fetch(self.spec.model)
             try:
-                manifest = ImageManifest.from_bytes(image.manifest)
+                manifest = _parsed(image.manifest)
                 self._check(manifest, image)
                 found = self._maps.open(image.fd, self._clock())
             except BaseException:
@@ -359,13 +361,19 @@ class Load:
             self._image = self._bytes = None
 
 
+@lru_cache(maxsize=MAX_MANIFESTS)
+def _parsed(manifest: bytes) -> ImageManifest:
+    """A millisecond for a hundred tensors, and switches bring the same ones again and again."""
+    return ImageManifest.from_bytes(manifest)
+
+
 def cut(manifest: ImageManifest, nbytes: int) -> list[tuple[int, int]]:
-    """The image in pieces [begin, end) of at least `nbytes`, where so many are left; a group's end is a piece's end when it can be."""
-    ends = {sum(group) for group in manifest.groups}
+    """The image in pieces [begin, end) of at least `nbytes`, where so many are left; one ends with a group's last page when it can."""
+    ends = {-(-sum(group) // _PAGE_BYTES) * _PAGE_BYTES for group in manifest.groups}  # copies of whole pages are a little faster
     pieces: list[tuple[int, int]] = []
     begin = 0
     while begin < manifest.nbytes:
-        end = begin + nbytes
+        end = begin + -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
         near = [e for e in ends if end <= e < end + nbytes // 2]
         end = min(near, default=end)
         if manifest.nbytes - end < nbytes // 2:

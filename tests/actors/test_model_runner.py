@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polymux.actors.model_runner import ForwardBatch, ModelRunner, SequenceSlice
+from polymux.actors.model_runner import MAX_BOUND, ForwardBatch, ModelRunner, SequenceSlice
 from polymux.actors.weights.checkpoint import Checkpoint
 from polymux.kernels import few_rows
 from polymux.transport.errors import ConfigError
@@ -104,6 +105,26 @@ def test_models_of_one_shape_share_a_skeleton(checkpoint_of: CheckpointOf, runne
 
 LENGTHS = {"a": 70, "b": 33, "c": 20}
 NAMES = ("mistral", "qwen3-tied")
+
+
+def test_a_model_that_returns_to_its_place_is_not_bound_again(checkpoint_of: CheckpointOf, runner_for: RunnerFor) -> None:
+    left, shared = runner_for(Checkpoint.open(checkpoint_of("qwen3")), "float32"), ModelRunner()
+    weights, elsewhere = left.weights, left.weights.clone()
+    first = shared.bind(left.manifest, weights, left.kv)
+    assert shared.bind(left.manifest, elsewhere, left.kv) is not first
+    assert shared.bind(left.manifest, weights, left.kv.clone()) is not first
+    assert shared.bind(replace(left.manifest, digest="f" * 64), weights, left.kv) is not first
+    assert shared.bind(left.manifest, weights.view(-1), left.kv) is first
+    shared.forget()
+    assert shared.bind(left.manifest, weights, left.kv) is not first
+
+
+def test_no_more_models_stay_bound_than_are_worth_their_memory(checkpoint_of: CheckpointOf, runner_for: RunnerFor) -> None:
+    left, shared = runner_for(Checkpoint.open(checkpoint_of("qwen3")), "float32"), ModelRunner()
+    digests = [f"{number:064x}" for number in range(MAX_BOUND + 1)]
+    bound = [shared.bind(replace(left.manifest, digest=digest), left.weights, left.kv) for digest in digests]
+    again = [shared.bind(replace(left.manifest, digest=digest), left.weights, left.kv) for digest in reversed(digests)]
+    assert [one is other for one, other in zip(again, reversed(bound), strict=True)] == [True] * MAX_BOUND + [False]
 
 
 def schedule(data: st.DataObject) -> list[dict[str, int]]:
