@@ -166,7 +166,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", choices=list(SIMULATED), default=list(SIMULATED))
     parser.add_argument("--trace", choices=[kind.name for kind in KINDS], default="zipf")
     parser.add_argument("--models", type=int, default=12)
-    parser.add_argument("--arena-mib", type=int, default=136, help="of one worker, weights and KV")
+    parser.add_argument("--arena-mib", type=int, default=284, help="of one worker, weights and KV")
     parser.add_argument("--seconds", type=float, default=45.0, help="of arrivals")
     parser.add_argument("--warm-up", type=float, default=5.0, help="seconds of arrivals that are not counted")
     parser.add_argument("--load", type=float, default=0.5, help="of both workers' time if every request decoded alone")
