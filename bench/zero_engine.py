@@ -227,7 +227,7 @@ class ZeroControl:
             prefill=(prefill,) * count,
             decode=(decode,) * count,
             ttft_slo_s=ask.ttft_slo_s or 10.0,
-            tpot_slo_s=0.1,
+            tpot_slo_s=ask.tpot_slo_s or 0.1,
         )
 
     async def release(self, release: Release) -> None:
