@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from fake_images import HeldCopy
 from torch import Tensor
 
 from polymux.actors.model_runner import BoundModel, ForwardBatch, ModelRunner, SequenceSlice
 from polymux.actors.weights.builder import build_image
 from polymux.actors.weights.checkpoint import Checkpoint
 from polymux.actors.weights.image import DTYPES, ImageManifest
-from polymux.transport.units import BLOCK_SIZE
+from polymux.transport.units import BLOCK_SIZE, KIB
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 515,  # no multiple of any packing block
@@ -143,3 +144,13 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def copy(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldCopy]:
+    """Every load is in pieces of a group or so, and its copies can be held."""
+    copy = HeldCopy()
+    monkeypatch.setattr("polymux.actors.weights.load.piece_bytes", lambda _nbytes: 4 * KIB)
+    monkeypatch.setattr("polymux.actors.weights.load.copy_bytes", copy)
+    yield copy
+    copy.go.set()
