@@ -167,12 +167,16 @@ def test_a_device_call_that_does_not_return_fences_the_process(pair: Any, monkey
 
 def test_a_sticky_error_of_the_device_fences_the_process(pair: Any, at_rest: Any) -> None:
     fenced: list[str] = []
-    with pair(gpu("nccl", fence=fenced.append), gpu("nccl", fence=fenced.append)) as (prefiller, decoder):
+
+    def fence(reason: str) -> None:  # in its place the process would end, and its descriptors with it: here the device is well again
+        fenced.append(reason)
+        at_rest.turn(sticky=0)
+
+    with pair(gpu("nccl", fence=fence), gpu("nccl", fence=fence)) as (prefiller, decoder):
         edge = decoder.sink.connect(prefiller.peer, 5)
         at_rest.turn(sticky=1)
         decoder.order(edge, 4, deadline_s=1.0)
         assert eventually(lambda: bool(fenced)) and "CUDA error 719" in fenced[0]
-        at_rest.turn(sticky=0)
 
 
 def peer(worker: str, host: str = "h") -> Peer:
