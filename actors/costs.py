@@ -132,14 +132,19 @@ class CostFile:
             log.warning("costs.not_saved path=%s reason=%s", self.path, error)
 
 
-def device_kind(num_threads: int, num_ranks: int = 1) -> str:
-    """A file name for what a worker computes on: costs learned on one are right on another of this kind."""
+def device_kind(num_threads: int, num_ranks: int = 1, *, gpu: str = "") -> str:
+    """A file name for what a worker computes on, a CPU unless a GPU is named: costs learned on one are right on another of this kind."""
+    if gpu:
+        return f"gpu-{_slug(gpu)}"
     name = platform.processor() or platform.machine()
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         name = found.group(1) if found else name
     except OSError:
         pass
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80]
     ranks = f"-{num_ranks}-ranks" if num_ranks > 1 else ""
-    return f"cpu-{slug}-{num_threads}-threads{ranks}"
+    return f"cpu-{_slug(name)}-{num_threads}-threads{ranks}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80]

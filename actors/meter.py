@@ -127,10 +127,17 @@ class Meter:
 
     def costs(self) -> tuple[ModelCost, ...]:
         with self._lock:
-            return tuple(
-                ModelCost(model=model, prefill=_three(self.learned.prefill[model].fit), decode=_three(self.learned.decode[model].fit))
-                for model in self.learned.prefill
+            fits = {model: (cost.fit, self.learned.decode[model].fit) for model, cost in self.learned.prefill.items()}
+        return tuple(
+            ModelCost(
+                model=model,
+                prefill=_three(prefill),
+                decode=_three(decode),
+                num_prefill_steps=prefill.num_observed,
+                num_decode_steps=decode.num_observed,
             )
+            for model, (prefill, decode) in fits.items()
+        )
 
     def counters(self, edges: Sequence[EdgeStats]) -> tuple[tuple[str, float], ...]:
         """Every counter since the worker started, KV migration's included, by name."""

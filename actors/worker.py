@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from polymux.actors.copier import Copier
 from polymux.actors.costs import CostFile, device_kind
 from polymux.actors.decode import DecodeRole
@@ -113,8 +115,10 @@ class Worker:
         self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
         self._ranks = Ranks(_rank_settings(settings), self._mailbox.wake) if settings.num_ranks > 1 else None
         self._engine = Engine(self._region, settings.engine, self._store, device=self._device, ranks=self._ranks)
-        kind = device_kind(settings.num_threads, settings.num_ranks)
-        self._cost_file = CostFile(settings.costs_path, kind) if settings.costs_path else None
+        device = self._device.torch_device
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._device_kind = device_kind(settings.num_threads, settings.num_ranks, gpu=gpu)
+        self._cost_file = CostFile(settings.costs_path, self._device_kind) if settings.costs_path else None
         self._meter = Meter(saved_costs=self._cost_file.load() if self._cost_file is not None else None)
         self._saved_s = self._engine.clock()
         self._engine.residency.on_loaded = self._meter.loaded
@@ -419,6 +423,7 @@ class Worker:
             arena_bytes=self.settings.num_ranks * self.settings.arena_bytes,
             num_threads=self.settings.num_threads,
             num_ranks=self.settings.num_ranks,
+            device_kind=self._device_kind,
         )
 
 

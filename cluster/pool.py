@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from itertools import product
 
 from polymux.cluster.books import DecodeBook, PrefillBook, WorkerBook
 from polymux.cluster.config import ClusterConfig
+from polymux.cluster.known_costs import KnownCosts, Measured, three
 from polymux.disagg.admission import max_kv_tokens
 from polymux.disagg.cost import Roofline, guess_decode, guess_prefill
-from polymux.disagg.dispatch import Coefficients
 from polymux.transport.errors import ConfigError, LayoutMismatch, Overloaded
 from polymux.transport.head_slices import plan_heads, sharded
 from polymux.transport.messages import ModelSpec, Role, WorkerHello, WorkerReport
@@ -72,8 +71,7 @@ class Pool:
         self._degrees = config.pools.degrees
         self._specs: dict[ModelName, ModelSpec] = {}
         self._weight_bytes: dict[ModelName, int] = {}
-        self._prefill_costs: dict[ModelName, Coefficients] = {}  # by any worker's last word, a guess before that
-        self._decode_costs: dict[ModelName, Coefficients] = {}
+        self._prefill_costs, self._decode_costs = KnownCosts(), KnownCosts()
         self._able: dict[ModelName, Able] = {}
 
     def __len__(self) -> int:
@@ -91,9 +89,9 @@ class Pool:
         """Give a worker these roles and no others, from the next placement on; what it has been given stays. None at all: it is drained."""
         member = self.members[worker_id]
         if Role.PREFILL in roles - member.roles:
-            member.prefill.learn(self._prefill_costs)
+            member.prefill.learn(self._prefill_costs.of(member.main.hello.device_kind))
         if Role.DECODE in roles - member.roles:
-            member.decode.learn(self._decode_costs)
+            member.decode.learn(self._decode_costs.of(member.main.hello.device_kind))
         member.roles = roles
         self.prefill = {key: one.prefill for key, one in self.members.items() if Role.PREFILL in one.roles}
         self.decode = {key: one.decode for key, one in self.members.items() if Role.DECODE in one.roles}
@@ -109,11 +107,12 @@ class Pool:
         self._able.clear()
         if spec.model in self._prefill_costs:
             return
-        prefill = _three(guess_prefill(spec, Roofline()).coefficients)
-        decode = _three(guess_decode(spec, Roofline()).coefficients)
+        prefill = three(guess_prefill(spec, Roofline()).coefficients)
+        decode = three(guess_decode(spec, Roofline()).coefficients)
         assert prefill is not None
         assert decode is not None
-        self._prefill_costs[spec.model], self._decode_costs[spec.model] = prefill, decode
+        self._prefill_costs.guess(spec.model, prefill)
+        self._decode_costs.guess(spec.model, decode)
         for member in self.members.values():
             member.prefill.learn({spec.model: prefill})
             member.decode.learn({spec.model: decode})
@@ -128,9 +127,10 @@ class Pool:
         if len(self) >= MAX_WORKERS:
             raise Overloaded(f"{len(self)} workers are alive, and no more than {MAX_WORKERS} may be")
         lease_s, weight_bytes = self._lease_s, self._weight_bytes
+        prefill, decode = (known.of(hello.device_kind) for known in (self._prefill_costs, self._decode_costs))
         self.members[hello.worker_id] = Member(
-            PrefillBook(hello, epoch, dict(self._prefill_costs), weight_bytes, now_s=now_s, lease_s=lease_s),
-            DecodeBook(hello, epoch, dict(self._decode_costs), weight_bytes, now_s=now_s, lease_s=lease_s, max_num_seqs=self._max_num_seqs),
+            PrefillBook(hello, epoch, prefill, weight_bytes, now_s=now_s, lease_s=lease_s),
+            DecodeBook(hello, epoch, decode, weight_bytes, now_s=now_s, lease_s=lease_s, max_num_seqs=self._max_num_seqs),
             frozenset(),
         )
         self.assign(hello.worker_id, frozenset({hello.role}))
@@ -154,10 +154,13 @@ class Pool:
     def report(self, report: WorkerReport, now_s: float) -> None:
         """Of a worker that is alive, in its present incarnation."""
         member = self.members[report.worker_id]
+        kind = member.main.hello.device_kind
         if Role.PREFILL in member.roles:
-            _learn(member.prefill, self._prefill_costs, {cost.model: cost.prefill for cost in report.costs})
+            prefill = {cost.model: Measured(cost.prefill, cost.num_prefill_steps) for cost in report.costs}
+            member.prefill.learn(self._prefill_costs.report(kind, prefill))
         if Role.DECODE in member.roles:
-            _learn(member.decode, self._decode_costs, {cost.model: cost.decode for cost in report.costs})
+            decode = {cost.model: Measured(cost.decode, cost.num_decode_steps) for cost in report.costs}
+            member.decode.learn(self._decode_costs.report(kind, decode))
         member.prefill.report(report, now_s=now_s, lease_s=self._lease_s)
         member.decode.report(report, now_s=now_s, lease_s=self._lease_s)
         is_stalled = report.last_step_age_s is not None and report.last_step_age_s > self._stall_s
@@ -200,19 +203,3 @@ def check_heads(spec: ModelSpec, degrees: Iterable[int]) -> None:
 
 def counters_of(book: WorkerBook) -> Mapping[str, float]:
     return dict(book.reported.counters[:MAX_COUNTERS]) if book.reported else {}
-
-
-def _learn(book: WorkerBook, known: dict[ModelName, Coefficients], reported: Mapping[ModelName, tuple[float, ...]]) -> None:
-    """What a worker measured is its own cost, and the guess for workers that come."""
-    found = {model: three for model, cost in reported.items() if model in known and (three := _three(cost)) is not None}
-    if found:
-        known.update(found)
-        book.learn(found)
-
-
-def _three(coefficients: tuple[float, ...]) -> Coefficients | None:
-    """None for what cannot be a cost: a prediction from it would be negative, zero or not a number."""
-    if len(coefficients) != 3 or not all(0 <= c < math.inf for c in coefficients) or not any(coefficients):
-        return None
-    first, second, third = coefficients
-    return first, second, third

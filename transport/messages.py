@@ -281,6 +281,8 @@ class ModelCost:
     model: ModelName
     prefill: tuple[float, float, float]
     decode: tuple[float, float, float]
+    num_prefill_steps: int  # that it was fitted to; 0: it is a guess
+    num_decode_steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,6 +385,7 @@ class WorkerHello:
     num_threads: int
     epoch: Epoch | None = None
     num_ranks: int = 1  # processes of this instance
+    device_kind: str = ""  # workers of one kind compute alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

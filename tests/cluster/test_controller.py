@@ -78,7 +78,7 @@ def test_a_report_settles_what_it_must_have_seen_and_keeps_what_it_cannot_have(b
 
 def test_reported_costs_replace_guesses(bench: Bench) -> None:
     epoch = bench.controller.topology().workers[2].epoch
-    cost = ModelCost(model=ModelName("a"), prefill=(2.0, 0.0, 0.0), decode=(0.01, 0.0, 0.0))
+    cost = ModelCost(model=ModelName("a"), prefill=(2.0, 0.0, 0.0), decode=(0.01, 0.0, 0.0), num_prefill_steps=9, num_decode_steps=9)
     bench.report("p1", epoch, load("a"), costs=(cost,))
     bench.admit()
     p1 = bench.status("p1")
@@ -88,7 +88,7 @@ def test_reported_costs_replace_guesses(bench: Bench) -> None:
 def test_work_that_waits_for_weights_counts_with_their_loading(bench: Bench) -> None:
     """8 MiB at the reported 1 GB/s, once for the model."""
     p1 = bench.status("p1")
-    cost = ModelCost(model=ModelName("a"), prefill=(1.0, 0.0, 0.0), decode=(1.0, 0.0, 0.0))
+    cost = ModelCost(model=ModelName("a"), prefill=(1.0, 0.0, 0.0), decode=(1.0, 0.0, 0.0), num_prefill_steps=9, num_decode_steps=9)
     bench.report("p1", p1.epoch, load("a", waiting=2, tokens=200), costs=(cost,))
     resident = bench.status("p1")
     bench.report("p1", p1.epoch, load("a", resident=False, waiting=2, tokens=200))
@@ -128,7 +128,7 @@ def test_the_expected_length_of_an_answer_is_learned(bench: Bench) -> None:
 
 @pytest.mark.parametrize("prefill", [(0.0, 0.0, 0.0), (-1.0, 1.0, 0.0), (float("nan"), 1.0, 1.0), (float("inf"), 0.0, 0.0)])
 def test_a_reported_cost_that_cannot_be_is_ignored(bench: Bench, prefill: tuple[float, float, float]) -> None:
-    cost = ModelCost(model=ModelName("a"), prefill=prefill, decode=prefill)
+    cost = ModelCost(model=ModelName("a"), prefill=prefill, decode=prefill, num_prefill_steps=9, num_decode_steps=9)
     for worker in bench.controller.topology().workers:
         bench.report(worker.worker_id, worker.epoch, costs=(cost,))
     bench.admit()
@@ -214,7 +214,7 @@ def test_a_queue_that_is_full_refuses_until_something_ends() -> None:
 
 
 def test_an_idle_pool_with_absurd_costs_still_accepts(bench: Bench) -> None:
-    cost = ModelCost(model=ModelName("a"), prefill=(1e6, 0.0, 0.0), decode=(1e6, 0.0, 0.0))
+    cost = ModelCost(model=ModelName("a"), prefill=(1e6, 0.0, 0.0), decode=(1e6, 0.0, 0.0), num_prefill_steps=9, num_decode_steps=9)
     for worker in bench.controller.topology().workers:
         bench.report(worker.worker_id, worker.epoch, costs=(cost,))
     bench.admit()
