@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,10 @@ def worker_of(url: str, role: str) -> dict[str, Any]:
 def test_a_worker_of_two_ranks_gives_the_tokens_of_transformers_and_says_how_kv_comes_to_it(url: str) -> None:
     answers = asyncio.run(harness.mixed_load(url, 16, MAX_TOKENS))
     assert harness.wrong_answers(answers, MAX_TOKENS) == []
-    prefill, decode = worker_of(url, "prefill"), worker_of(url, "decode")
+    until_s = time.monotonic() + 10.0
+    while not (decode := worker_of(url, "decode"))["edges"] and time.monotonic() < until_s:
+        time.sleep(0.2)  # it says so in its next report
+    prefill = worker_of(url, "prefill")
     assert (prefill["num_ranks"], decode["num_ranks"]) == (1, 2)
     assert [edge["peer"] for edge in decode["edges"]] == [prefill["worker_id"]]
     assert decode["edges"][0]["backend"] in ("shm", "tcp") and decode["edges"][0]["reason"]
