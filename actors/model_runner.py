@@ -116,12 +116,12 @@ class ModelRunner:
         key = (manifest.digest, manifest.shard, manifest.dtype, weights.data_ptr(), kv.data_ptr(), kv.shape)
         if self._planned is not None:
             return self._bind(manifest, weights, kv, key)
-        model = self._bound.pop(key, None)
+        model = self._bound.get(key)
         if model is None:
-            model = self._bind(manifest, weights, kv, key)
             if len(self._bound) == MAX_BOUND:
                 self._bound.popitem(last=False)
-        self._bound[key] = model
+            model = self._bound[key] = self._bind(manifest, weights, kv, key)
+        self._bound.move_to_end(key)
         return model
 
     def forget(self) -> None:
