@@ -113,7 +113,7 @@ class ModelRunner:
 
         Raises CheckpointError or WireError for an image that cannot be run, ConfigError for a cache of another shape.
         """
-        key = (manifest.digest, manifest.shard, manifest.dtype, weights.data_ptr(), kv.data_ptr(), kv.shape)
+        key = (manifest.digest, manifest.shard, manifest.dtype, manifest.layout, weights.data_ptr(), kv.data_ptr(), kv.shape)
         if self._planned is not None:
             return self._bind(manifest, weights, kv, key)
         model = self._bound.get(key)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -269,7 +271,7 @@ def report(args: argparse.Namespace, results: Results, load: str, fp32_share: fl
         f"{load}. Greedy tokens equal to transformers': {fp32_share:.1%} in fp32 (a smaller shape, batch 4), "
         f"{statistics.mean(shares):.1%} in {args.dtype}, counted up to a sequence's first difference.",
         "",
-        "Made by `python bench/engine.py --out docs/results/engine.md`.",
+        f"Made by `python bench/engine.py {shlex.join(sys.argv[1:])}`.",
         "",
     ]
     return "\n".join(lines), figures

@@ -13,6 +13,7 @@ import gc
 import json
 import mmap
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -262,7 +263,7 @@ def report(args: argparse.Namespace, samples: Samples, nbytes: int, growth: Grow
             "before, here) and compares its checksums; from then on the model comes and goes as `wake_vs_transformers` says, "
             "which compares a switch from the node's store, its first decode step included.",
             "",
-            "Made by `python bench/switch.py --out docs/results/switch.md`.",
+            f"Made by `python bench/switch.py {shlex.join(sys.argv[1:])}`.",
             "",
         ]
     )

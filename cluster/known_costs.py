@@ -52,9 +52,9 @@ class KnownCosts:
             if cost is None or model not in self._guesses:
                 continue
             num_steps, best = self._best.get((device_kind, model), (0, self._guesses[model]))
-            if one.num_steps and one.num_steps >= num_steps:
+            is_first = one.num_steps > 0 and one.num_steps >= num_steps
+            if is_first:
                 self._best[device_kind, model] = one.num_steps, cost
-            is_first = one.num_steps >= num_steps and one.num_steps > 0
             is_other = one.num_steps >= ENOUGH_STEPS and not 1 / TELLING <= _step_s(cost) / _step_s(best) <= TELLING
             found[model] = cost if is_first or is_other else best
         return found

@@ -48,6 +48,7 @@ def _dots(blocks: int, lines: int) -> Callable[..., None]:
 
 _dots_4_2, _dots_2_2, _dots_1_2, _dots_2_4, _dots_1_4 = _dots(4, 2), _dots(2, 2), _dots(1, 2), _dots(2, 4), _dots(1, 4)
 _tiles_2_2, _tiles_1_2, _tiles_1_4 = packed_dot.tile_group(2, 2), packed_dot.tile_group(1, 2), packed_dot.tile_group(1, 4)
+_PLAIN, _ADDED, _ROUNDED = range(3)  # compiled code knows numbers only
 _plain_2, _plain_4 = packed_sums.end_rows(Ending.PLAIN, 2), packed_sums.end_rows(Ending.PLAIN, 4)
 _rounded_2, _rounded_4 = packed_sums.end_rows(Ending.ROUNDED, 2), packed_sums.end_rows(Ending.ROUNDED, 4)
 _added_2, _added_4 = packed_sums.end_rows(Ending.ADDED, 2), packed_sums.end_rows(Ending.ADDED, 4)
@@ -106,12 +107,12 @@ def _end(step: Any) -> None:
 @jit
 def _end_block(kind: Any, lines: Any, sums: Any, rows: Any, out: Any, pitch: Any, start: Any, bias: Any) -> None:
     """A whole block's sums to columns from `start` of an `out` of `pitch` columns."""
-    if kind == 1:
+    if kind == _ADDED:
         if lines == 4:
             _added_4(sums, rows, out + 2 * start, 2 * pitch, bias)
         else:
             _added_2(sums, rows, out + 2 * start, 2 * pitch, bias)
-    elif kind == 2:
+    elif kind == _ROUNDED:
         if lines == 4:
             _rounded_4(sums, rows, out + 4 * start, 4 * pitch, bias)
         else:
@@ -129,14 +130,14 @@ def _end_part(kind: Any, sums: Any, size: Any, rows: Any, out: Any, pitch: Any, 
     for row in range(rows):
         found = floats(sums + 4 * row * size, count)
         _add_bias(bias, found, count)
-        if kind == 1:
+        if kind == _ADDED:
             into = halves(out + 2 * (row * pitch + start), count)
             for j in range(count):
                 into[j] = narrow(found[j] + widen(into[j]))
         else:
             values = floats(out + 4 * (row * pitch + start), count)
             for j in range(count):
-                values[j] = widen(narrow(found[j])) if kind == 2 else found[j]
+                values[j] = widen(narrow(found[j])) if kind == _ROUNDED else found[j]
 
 
 @jit
@@ -149,7 +150,7 @@ def _add_bias(bias: Any, sums: Any, count: Any) -> None:
 
 @jit
 def _product(m: Any, step: Any, x: Any, scratch: Any, member: Any, team: Any, out: Any, kind: Any) -> None:
-    """x by a weight. kind 0: fp32 to `out`; 1: added to `out` in bf16; 2: fp32 of what bf16 holds."""
+    """x by a weight to `out`, where the sums end as `kind` says: see `Ending`."""
     block, end = _begin(m, step, member, team)
     size, blocks, nbytes = m.lines * LANES, _most_blocks(m, step), m.lines * 64 * m.pairs
     while block < end:
@@ -231,16 +232,16 @@ def _attend_all(layer: Any, step: Any, scratch: Any, member: Any, team: Any) -> 
 @jit
 def _layer(layer: Any, step: Any, scratch: Any, member: Any, team: Any) -> None:
     normed = _norm(step, layer.input_norm, 2 * layer.qkv.pairs, member)
-    _product(layer.qkv, step, normed, scratch, member, team, step.heads, 0)
+    _product(layer.qkv, step, normed, scratch, member, team, step.heads, _PLAIN)
     _barrier()
     _attend_all(layer, step, scratch, member, team)
     _barrier()
-    _product(layer.output, step, step.attended, scratch, member, team, step.x, 1)
+    _product(layer.output, step, step.attended, scratch, member, team, step.x, _ADDED)
     _barrier()
     normed = _norm(step, layer.post_norm, 2 * layer.gate.pairs, member)
     _gated(layer.gate, layer.up, step, normed, scratch, member, team, 2 * layer.down.pairs)
     _barrier()
-    _product(layer.down, step, step.hidden, scratch, member, team, step.x, 1)
+    _product(layer.down, step, step.hidden, scratch, member, team, step.x, _ADDED)
 
 
 def run(address: Any) -> None:
@@ -256,7 +257,7 @@ def run(address: Any) -> None:
             _layer(layers[i], step, scratch, member, team)
         else:
             normed = _norm(step, layers[i].input_norm, 2 * layers[i].qkv.pairs, member)
-            _product(layers[i].qkv, step, normed, scratch, member, team, step.logits, 2)
+            _product(layers[i].qkv, step, normed, scratch, member, team, step.logits, _ROUNDED)
 
 
 def compile_run(cache_folder: str | None) -> Any:

@@ -85,12 +85,12 @@ def rounded(builder: Any, value: Any) -> Any:
 
 
 class Loop:
-    """`for k in range(0, pairs, step)`: the builder stands in its body until `close`."""
+    """`for k in range(0, count, step)`: the builder stands in its body until `close`."""
 
-    def __init__(self, builder: Any, pairs: Any, step: int) -> None:
-        self._builder, self._pairs, self._step = builder, pairs, step
+    def __init__(self, builder: Any, count: Any, step: int) -> None:
+        self._builder, self._count, self._step = builder, count, step
         self._before = builder.block
-        self._body = builder.append_basic_block("pairs")
+        self._body = builder.append_basic_block("body")
         builder.branch(self._body)
         builder.position_at_end(self._body)
         self.k = builder.phi(I64)
@@ -109,7 +109,7 @@ class Loop:
     def close(self, totals: list[Any], sums: list[Any]) -> None:
         builder, after = self._builder, self._builder.append_basic_block("after")
         following = builder.add(self.k, I64(self._step))
-        builder.cbranch(builder.icmp_signed("<", following, self._pairs), self._body, after)
+        builder.cbranch(builder.icmp_signed("<", following, self._count), self._body, after)
         self.k.add_incoming(following, self._body)
         for total, value in zip(totals, sums, strict=True):
             total.add_incoming(value, self._body)
