@@ -431,6 +431,7 @@ def _rank_settings(settings: WorkerSettings) -> RankSettings:
     return RankSettings(
         worker_id=settings.worker_id,
         num_ranks=settings.num_ranks,
+        device=settings.engine.device,
         arena_bytes=settings.arena_bytes,
         weight_reserve_bytes=settings.engine.weight_reserve_bytes,
         num_threads=settings.num_threads,

@@ -18,6 +18,7 @@ class StartRank:
 
     shard: Shard
     worker_id: str
+    device: str  # of `actors.device`: "cuda" is the one GPU that the process sees
     arena_bytes: int
     weight_reserve_bytes: int
     num_threads: int
@@ -30,7 +31,7 @@ class StartRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStarted:
-    """The answer. The descriptor of the rank's arena comes behind it."""
+    """The answer. The descriptor of the rank's arena comes behind it, where that is host memory."""
 
     pid: int
 

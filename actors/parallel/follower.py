@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polymux.actors.device import CpuDevice
+from polymux.actors.device import Device, open_device
 from polymux.actors.kv_blocks import kv_view
 from polymux.actors.model_runner import ForwardBatch, Model, ModelRunner, SequenceSlice
 from polymux.actors.parallel.channel import RankChannel
@@ -63,20 +63,22 @@ class _Resident:
 class Follower:
     """Commands come through `channel`; `serve` returns when rank 0 is gone, and raises what makes it impossible to go on."""
 
-    def __init__(self, channel: RankChannel, start: StartRank) -> None:
+    def __init__(self, channel: RankChannel, start: StartRank, device: Device | None = None) -> None:
+        """`device`: in place of the one that `start` names."""
         self._channel = channel
-        self._device = CpuDevice()
+        self._device = device or open_device(start.device)
+        self._device.enter()
         self._region = self._device.create(start.arena_bytes)
         self._memory = self._device.tensor(self._region)
         self._device.use_for_weights(self._region, start.weight_reserve_bytes)
         self._loader = Loader(StoreClient(start.store_address, start.token, start.shard).fetch)
         self._residents: dict[ModelName, _Resident] = {}
         channel.send(RankStarted(pid=os.getpid()))
-        assert self._region.fd is not None
-        channel.send_fd(self._region.fd)
+        if self._region.fd is not None:
+            channel.send_fd(self._region.fd)
         shard = start.shard
         ranks = GlooCollectives(start.rendezvous, shard.rank, shard.num_ranks, start.timeout_s, in_order=start.batch_invariant)
-        self._runner = ModelRunner(batch_invariant=start.batch_invariant, collectives=ranks)
+        self._runner = ModelRunner(batch_invariant=start.batch_invariant, device=self._device.torch_device, collectives=ranks)
 
     def serve(self) -> None:
         while True:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import TypeVar
 from polymux.actors.model_runner import ForwardBatch
 from polymux.actors.parallel.channel import RankChannel
 from polymux.actors.parallel.collectives import Collectives, GlooCollectives
-from polymux.transport.errors import ModelLoading, PolymuxError, RankLost
+from polymux.transport.errors import ConfigError, ModelLoading, PolymuxError, RankLost
 from polymux.transport.handshake import from_report
 from polymux.transport.messages import ModelSpec, Shard
 from polymux.transport.rank_messages import (
@@ -50,6 +50,8 @@ BOOT_S = 120.0  # for a rank's process to come up
 EXIT_S = 2.0  # for one to end by itself
 SEEN_S = 180.0  # for an image to come in, whatever it takes to build it
 
+GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
 T = TypeVar("T")
 
 
@@ -59,6 +61,7 @@ class RankSettings:
 
     worker_id: str
     num_ranks: int
+    device: str = "cpu"  # or "cuda": of each the GPU at its place in this process's list
     arena_bytes: int  # of each
     weight_reserve_bytes: int
     num_threads: int  # of each
@@ -227,13 +230,15 @@ class Ranks:
 
     def _start(self, rendezvous: str) -> Collectives:
         settings = self.settings
+        gpus = gpus_of_ranks(os.environ.get(GPUS_VARIABLE), settings.num_ranks) if settings.device == "cuda" else None
         for number in range(1, settings.num_ranks):
-            self._ranks.append(_spawn(number, settings.timeout_s))
+            self._ranks.append(_spawn(number, settings.timeout_s, {GPUS_VARIABLE: gpus[number]} if gpus is not None else {}))
         for rank in self._ranks:
             rank.channel.send(
                 StartRank(
                     shard=Shard(rank=rank.number, num_ranks=settings.num_ranks),
                     worker_id=settings.worker_id,
+                    device=settings.device,
                     arena_bytes=settings.arena_bytes,
                     weight_reserve_bytes=settings.weight_reserve_bytes,
                     num_threads=settings.num_threads,
@@ -244,14 +249,18 @@ class Ranks:
                     timeout_s=settings.timeout_s,
                 )
             )
-        self.regions = tuple(self._adopt(rank) for rank in self._ranks)
+        regions = [self._adopt(rank) for rank in self._ranks]
+        self.regions = tuple(region for region in regions if region is not None)
         return GlooCollectives(rendezvous, 0, settings.num_ranks, settings.timeout_s, in_order=settings.batch_invariant)
 
-    def _adopt(self, rank: _Rank) -> Region:
+    def _adopt(self, rank: _Rank) -> Region | None:
+        """A rank's arena, once it has said that it has one; None where only its own process reaches that."""
         answer = rank.channel.receive(BOOT_S)
         if isinstance(answer, RankFailed):
             raise from_report(answer.error)
         assert isinstance(answer, RankStarted), answer
+        if self.settings.device != "cpu":
+            return None
         return Region.adopt(rank.channel.receive_fd(BOOT_S), self.settings.arena_bytes)
 
     def _read(self, rank: _Rank) -> None:
@@ -281,13 +290,23 @@ class Ranks:
                 self.fence(f"rank {rank.number} said {type(answer).__name__}")
 
 
-def _spawn(number: int, send_s: float) -> _Rank:
+def gpus_of_ranks(visible: str | None, num_ranks: int) -> tuple[str, ...]:
+    """What each rank sees of rank 0's GPUs: the entry at its place, of all that there are if nobody says. Raises ConfigError."""
+    gpus = [gpu.strip() for gpu in visible.split(",")] if visible else [str(number) for number in range(num_ranks)]
+    if len(gpus) < num_ranks:
+        raise ConfigError(
+            f"tensor_parallel={num_ranks} takes a GPU for each rank, and {GPUS_VARIABLE}={visible} names {len(gpus)}; leave num_gpus at auto"
+        )
+    return tuple(gpus[:num_ranks])
+
+
+def _spawn(number: int, send_s: float, environment: Mapping[str, str]) -> _Rank:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", "polymux.actors.parallel.follower", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C is for rank 0, which takes the others down
         )

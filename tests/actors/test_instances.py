@@ -19,9 +19,9 @@ import pytest
 from test_moves import Client
 from worker_pair import GREEDY, NAMES, TOKEN, Pair, prompt_of, running_pair
 
-from polymux.actors.parallel.leader import Ranks, RankSettings
+from polymux.actors.parallel.leader import Ranks, RankSettings, gpus_of_ranks
 from polymux.actors.worker import Worker
-from polymux.transport.errors import CheckpointError, RankLost, WorkerLost
+from polymux.transport.errors import CheckpointError, ConfigError, RankLost, WorkerLost
 from polymux.transport.kv import KVSettings
 from polymux.transport.messages import SequenceUpdate, Shard
 from polymux.transport.units import ModelName
@@ -188,3 +188,10 @@ def test_ranks_that_do_not_come_up_are_a_typed_error_and_leave_nothing() -> None
     with pytest.raises(RankLost, match="did not come up"):
         Ranks(settings)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("polymux-rank")]
+
+
+def test_each_rank_sees_the_gpu_at_its_place_in_rank_0s_list() -> None:
+    assert gpus_of_ranks("3,GPU-8f,5", 2) == ("3", "GPU-8f")
+    assert gpus_of_ranks(None, 3) == gpus_of_ranks("", 3) == ("0", "1", "2")
+    with pytest.raises(ConfigError, match=r"tensor_parallel=4 .* CUDA_VISIBLE_DEVICES=1,2 names 2"):
+        gpus_of_ranks("1,2", 4)
