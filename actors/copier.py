@@ -44,21 +44,35 @@ CopyBlocks = Callable[
 
 
 def copy_blocks(source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]) -> Generator[None, None, None]:
-    """Copy blocks between two `BlockPool.kv` of one layout, a piece at each `next`. Neighbours on both sides become one copy.
+    """Copy blocks between two memories of equal blocks, a piece at each `next`. Each block is contiguous; where all of both memories are,
+    neighbours on both sides become one copy.
 
     By memmove, which holds no lock and starts no threads: torch's own copy would take the compute threads' cores.
     """
-    block_bytes = source[0].nbytes
-    per_piece = max(MAX_PIECE_BYTES // block_bytes, 1)
-    first = 0
-    for i in range(1, len(source_ids) + 1):
-        goes_on = i < len(source_ids) and source_ids[i] - source_ids[i - 1] == target_ids[i] - target_ids[i - 1] == 1
-        if goes_on and i - first < per_piece:
-            continue
-        from_address = source.data_ptr() + source_ids[first] * block_bytes
-        ctypes.memmove(target.data_ptr() + target_ids[first] * block_bytes, from_address, (i - first) * block_bytes)
-        first = i
+    assert source.shape[1:] == target.shape[1:] and source[0].is_contiguous() and target[0].is_contiguous()
+    from_bytes, to_bytes = (kv.stride(0) * kv.element_size() for kv in (source, target))
+    nbytes = source[0].nbytes
+    for source_id, target_id, count in runs(source_ids, target_ids, longest_run(source, target)):
+        ctypes.memmove(target.data_ptr() + target_id * to_bytes, source.data_ptr() + source_id * from_bytes, count * nbytes)
         yield
+
+
+def longest_run(source: Tensor, target: Tensor) -> int:
+    """How many neighbouring blocks may be one copy."""
+    return max(MAX_PIECE_BYTES // source[0].nbytes, 1) if source.is_contiguous() and target.is_contiguous() else 1
+
+
+def runs(source_ids: Sequence[int], target_ids: Sequence[int], max_run: int) -> list[tuple[int, int, int]]:
+    """(source, target, count) of neighbours on both sides, in order."""
+    found: list[tuple[int, int, int]] = []
+    for source, target in zip(source_ids, target_ids, strict=True):
+        if found:
+            first, second, count = found[-1]
+            if count < max_run and source == first + count and target == second + count:
+                found[-1] = (first, second, count + 1)
+                continue
+        found.append((source, target, 1))
+    return found
 
 
 @dataclass(slots=True, eq=False)
@@ -83,16 +97,19 @@ class Copier:
         self._thread.start()
 
     def submit(self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int], on_done: OnDone) -> None:
-        """Copy block `source_ids[i]` of `source` to block `target_ids[i]` of `target`, both `BlockPool.kv` of one layout.
+        """Copy block `source_ids[i]` of `source` to block `target_ids[i]` of `target`, both `BlockPool.kv` of one model.
+
+        Of an instance of several ranks the arena's is rank 0's share of each block, and the host's is the whole block.
 
         Raises Overloaded when too many wait, or the copier is closed; `on_done` is not called then.
         """
-        assert len(source_ids) == len(target_ids) and source.shape[1:] == target.shape[1:]
+        assert len(source_ids) == len(target_ids)
         with self._changed:
             if self._is_closing or len(self._queue) >= self._max_queued:
                 raise Overloaded(f"the copier is closed, or {self._max_queued} copies wait for it")
             pieces = self._copy(source, source_ids, target, target_ids)
-            self._queue.append(_Copy(pieces, len(source_ids), len(source_ids) * source[0].nbytes, on_done))
+            nbytes = len(source_ids) * max(source[0].nbytes, target[0].nbytes)
+            self._queue.append(_Copy(pieces, len(source_ids), nbytes, on_done))
             self._changed.notify()
 
     def close(self) -> bool:

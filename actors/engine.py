@@ -89,7 +89,7 @@ class Engine:
         self.device = device or CpuDevice()
         self._ranks = ranks
         if ranks is not None:
-            self.device = RankDevice(self.device, ranks)
+            self.device = RankDevice(self.device, ranks, region)
         self.arena = Arena(region, weight_reserve_bytes=settings.weight_reserve_bytes, slab_bytes=settings.slab_bytes, device=self.device)
         self.blocks = BlockManager(self.arena)
         self.prefixes = PrefixCache(self.blocks, clock, is_enabled=settings.prefix_caching)
@@ -176,9 +176,8 @@ class Engine:
     def copy_kv(self, model: ModelName, source_ids: Sequence[int], target_ids: Sequence[int], layers: range) -> None:
         """Copy layers of blocks to others, on every rank. A block that is its own target stays as it is."""
         layout = self.spec(model).kv
-        others = self._ranks.regions if self._ranks is not None else ()
-        memories = [self.arena.memory, *(torch.frombuffer(region.buffer, dtype=torch.uint8) for region in others)]
-        for kv in (kv_view(memory, layout) for memory in memories):
+        others = self._ranks.memories if self._ranks is not None else ()
+        for kv in (kv_view(memory, layout) for memory in (self.arena.memory, *others)):
             for source, target in zip(source_ids, target_ids, strict=True):
                 if source != target:
                     kv[target, layers.start : layers.stop] = kv[source, layers.start : layers.stop]

@@ -14,6 +14,7 @@ from polymux.actors.copier import CopyBlocks, copy_blocks
 from polymux.actors.host_tier import HostTier
 from polymux.actors.kv_blocks import BlockPool
 from polymux.transport.errors import NoFreeBlocks
+from polymux.transport.head_slices import sharded
 from polymux.transport.messages import KVLayout
 
 
@@ -23,20 +24,19 @@ class HostPrefixes:
     def __init__(self, tier: HostTier, copy: CopyBlocks = copy_blocks) -> None:
         self._tier = tier
         self._copy = copy
-        self._lines: dict[KVLayout, OrderedDict[bytes, int]] = {}  # block ids by digest, used longest ago first
+        self._lines: dict[KVLayout, OrderedDict[bytes, int]] = {}  # by layout here, block ids by digest, used longest ago first
         self._digests: dict[KVLayout, dict[int, bytes]] = {}  # the other way round
         tier.blocks.reclaim_from(self)
 
     def has(self, layout: KVLayout, digest: bytes) -> bool:
-        return digest in self._lines.get(layout, ())
+        return digest in self._lines.get(sharded(layout, 1), ())
 
     def put(self, device: BlockPool, block_id: int, digest: bytes) -> None:
         """Keep a copy of a device block that leaves, if there is room or something older to give up for it."""
-        layout = device.layout
-        line = self._lines.setdefault(layout, OrderedDict())
-        host = self._tier.pool(layout)
+        host = self._tier.pool(device.layout)
         if host is None:
             return
+        line = self._lines.setdefault(host.layout, OrderedDict())
         if digest in line:
             line.move_to_end(digest)
             return
@@ -53,13 +53,14 @@ class HostPrefixes:
             pass
         host.cache(copy[0])
         line[digest] = copy[0]
-        self._digests.setdefault(layout, {})[copy[0]] = digest
+        self._digests.setdefault(host.layout, {})[copy[0]] = digest
         host.free(copy)
 
     def load(self, device: BlockPool, digests: list[bytes]) -> list[int]:
         """New device blocks with the bytes of all these, which are here; none when the device has no room for them."""
-        line, host = self._lines[device.layout], self._tier.pool(device.layout)
+        host = self._tier.pool(device.layout)
         assert host is not None
+        line = self._lines[host.layout]
         for digest in reversed(digests):
             line.move_to_end(digest)
         host_ids = [line[digest] for digest in digests]

@@ -1,6 +1,7 @@
 """A worker's part of the node's host tier: KV blocks in host memory, in slabs leased as they are needed, of all models together.
 
-The same block pools lie over it as over the arena, on the same grid, so a block there is a block here byte for byte.
+The same block pools lie over it as over the arena, on the same grid, so a block there is a block here byte for byte. A block of an
+instance of several ranks is whole there: every head once, one rank's share behind the other's (`parallel/host_blocks.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from polymux.actors.kv_blocks import BlockManager, BlockPool
 from polymux.transport.errors import ConfigError, PolymuxError
+from polymux.transport.head_slices import sharded
 from polymux.transport.host_tier import SlabLeases
 from polymux.transport.messages import KVLayout
 from polymux.transport.weights import fetch_host_tier
@@ -41,9 +43,9 @@ class HostTier:
             return None
 
     def pool(self, layout: KVLayout) -> BlockPool | None:
-        """The blocks of one layout; None when the tier's slabs are too small for them."""
+        """Where whole blocks of this layout go, whatever the ranks it is for; None when the tier's slabs are too small for them."""
         try:
-            return self.blocks.pool(layout)
+            return self.blocks.pool(sharded(layout, 1))
         except ConfigError:
             return None
 

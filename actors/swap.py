@@ -23,6 +23,7 @@ from polymux.actors.meter import Meter
 from polymux.actors.sequence import Phase, Sequence
 from polymux.disagg.swap import SwapView, pays
 from polymux.transport.errors import NoFreeBlocks, Overloaded
+from polymux.transport.head_slices import sharded
 from polymux.transport.messages import KVLayout, SpanKind
 
 
@@ -118,7 +119,7 @@ class Swapper:
         return [*self._copies.values(), *self._orphans]
 
     def _pays(self, sequence: Sequence, num_blocks: int, host: BlockPool) -> bool:
-        block_bytes = sequence.spec.kv.block_bytes
+        block_bytes = host.layout.block_bytes
         view = SwapView(
             num_bytes=num_blocks * block_bytes,
             free_host_bytes=host.num_free * block_bytes,
@@ -167,7 +168,7 @@ class Swapper:
 
     def check(self, sequences: Collection[Sequence]) -> None:
         """Assert that no host block is held twice by sequences and copies, and that each is out."""
-        held: list[tuple[KVLayout, int]] = [(s.spec.kv, block_id) for s in sequences for block_id in s.host_ids]
+        held: list[tuple[KVLayout, int]] = [(sharded(s.spec.kv, 1), block_id) for s in sequences for block_id in s.host_ids]
         held += [(copy.host.layout, block_id) for copy in self._under_way for block_id in copy.host_ids]
         assert len(held) == len(set(held)), "a host block has two owners"
         if self._tier is not None:

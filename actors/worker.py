@@ -122,10 +122,11 @@ class Worker:
         self._meter = Meter(saved_costs=self._cost_file.load() if self._cost_file is not None else None)
         self._saved_s = self._engine.clock()
         self._engine.residency.on_loaded = self._meter.loaded
-        self._tier = HostTier.attach(settings.store_address, settings.token) if self._ranks is None else None
-        self._copier = Copier(self._mailbox.tell, copy=self._device.copy_blocks) if self._tier is not None else None
+        self._tier = HostTier.attach(settings.store_address, settings.token)
+        copy_blocks = self._engine.device.copy_blocks
+        self._copier = Copier(self._mailbox.tell, copy=copy_blocks) if self._tier is not None else None
         if self._tier is not None and settings.engine.prefix_caching:
-            self._engine.prefixes.host = HostPrefixes(self._tier, self._device.copy_blocks)
+            self._engine.prefixes.host = HostPrefixes(self._tier, copy_blocks)
         self._server = WorkerServer(
             worker_id=settings.worker_id,
             token=settings.token,

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polymux.actors.copier import MAX_PIECE_BYTES
+from polymux.actors.copier import longest_run, runs
 from polymux.actors.gpu.graphs import CudaGraphs, Graphs
 from polymux.actors.gpu.pinned import PinnedMaps
 from polymux.actors.gpu.runtime import Event, Runtime, Stream, TorchRuntime
@@ -131,7 +131,7 @@ class CudaDevice:
         under_way: list[Event] = []
         try:
             stream.wait(after)
-            for from_id, to_id, count in runs(source_ids, target_ids, max(MAX_PIECE_BYTES // source[0].nbytes, 1)):
+            for from_id, to_id, count in runs(source_ids, target_ids, longest_run(source, target)):
                 self._copy_run(stream, number, _bytes(source, from_id, count), _bytes(target, to_id, count), is_out=is_out)
                 under_way.append(stream.record())
                 if len(under_way) > 2:
@@ -169,19 +169,6 @@ class CudaDevice:
             if self.graphs is not None:
                 self.graphs.clear()
             self.pinned.close()
-
-
-def runs(source_ids: Sequence[int], target_ids: Sequence[int], max_run: int) -> list[tuple[int, int, int]]:
-    """(source, target, count) of neighbours on both sides, in order."""
-    found: list[tuple[int, int, int]] = []
-    for source, target in zip(source_ids, target_ids, strict=True):
-        if found:
-            first, second, count = found[-1]
-            if count < max_run and source == first + count and target == second + count:
-                found[-1] = (first, second, count + 1)
-                continue
-        found.append((source, target, 1))
-    return found
 
 
 def _bytes(kv: Tensor, first: int, count: int) -> Tensor:

@@ -21,6 +21,9 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from polymux.actors.model_runner import ForwardBatch
 from polymux.actors.parallel.channel import RankChannel
 from polymux.actors.parallel.collectives import Collectives, GlooCollectives
@@ -107,6 +110,11 @@ class Ranks:
             reader = threading.Thread(target=self._read, args=(rank,), name=f"polymux-rank-{rank.number}", daemon=True)
             self._readers.append(reader)
             reader.start()
+
+    @property
+    def memories(self) -> tuple[Tensor, ...]:
+        """The arenas of ranks 1 and up as bytes, as this process sees them; with rank 0's, a KV block is that of its id in all of them."""
+        return tuple(torch.frombuffer(region.buffer, dtype=torch.uint8) for region in self.regions)
 
     @property
     def pids(self) -> tuple[int, ...]:

@@ -1,4 +1,6 @@
-"""Weights of an instance: what rank 0's residency does with its own range of the arena, the other ranks do with theirs.
+"""Rank 0's device as its engine sees it: what it does with its own arena is done with every rank's.
+
+Weights the other ranks load and move themselves, when they are told; KV rank 0 copies to the host and back for all of them.
 
 A load has begun, as far as a switch is concerned, when the first layer is there on every rank. Until then its failure on any of them is the
 switch's, and the former model is served on; later each rank waits for its own layers, and one that fails ends the instance.
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polymux.actors.device import Device, Download, Mark
+from polymux.actors.parallel.host_blocks import shares
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.weights.load import Fetch, Load, Target
 from polymux.actors.weights.loader import Loader
@@ -36,11 +39,13 @@ class RankTarget:
 
 
 class RankDevice:
-    """Rank 0's own device; weights that move on it move on every rank."""
+    """Rank 0's own device; weights that move on it move on every rank, and a KV block is that of its id on every rank."""
 
-    def __init__(self, inner: Device, ranks: Ranks) -> None:
+    def __init__(self, inner: Device, ranks: Ranks, region: Region) -> None:
+        """`region`: rank 0's arena."""
         self._inner = inner
         self._ranks = ranks
+        self._address = inner.tensor(region).data_ptr()
         self.torch_device: torch.device = inner.torch_device
         self.is_async, self.keep_images_s, self.graphs = inner.is_async, inner.keep_images_s, inner.graphs
 
@@ -72,7 +77,20 @@ class RankDevice:
     def copy_blocks(
         self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]
     ) -> Generator[None, None, None]:
-        return self._inner.copy_blocks(source, source_ids, target, target_ids)
+        """Between rank 0's arena, which stands for all ranks', and whole blocks on the host.
+
+        In rank 0's queue a step ends with what it gathers from every rank, so what comes behind the step there is behind it everywhere.
+        """
+        is_out = source.untyped_storage().data_ptr() == self._address
+        arena, host = (source, target) if is_out else (target, source)
+        others = (memory[: arena.nbytes].view(arena.dtype).view(arena.shape) for memory in self._ranks.memories)
+        copies: list[Generator[None, None, None]] = []
+        for holders, share in shares([arena, *others], host):
+            if is_out:
+                copies.append(self._inner.copy_blocks(holders[0], source_ids, share, target_ids))
+            else:
+                copies += [self._inner.copy_blocks(share, source_ids, holder, target_ids) for holder in holders]
+        return _in_turn(copies)
 
     def upload(self, values: NDArray[Any]) -> Tensor:
         return self._inner.upload(values)
@@ -85,6 +103,11 @@ class RankDevice:
 
     def close(self) -> None:
         self._inner.close()
+
+
+def _in_turn(copies: Sequence[Generator[None, None, None]]) -> Generator[None, None, None]:
+    for copy in copies:
+        yield from copy
 
 
 class RankLoader(Loader):

@@ -17,8 +17,8 @@ from late_runtime import LateRuntime
 from torch import Tensor
 
 from polymux.actors.arena import Arena
-from polymux.actors.copier import Copied, Copier
-from polymux.actors.gpu.device import CudaDevice, runs
+from polymux.actors.copier import Copied, Copier, runs
+from polymux.actors.gpu.device import CudaDevice
 from polymux.actors.gpu.graphs import CudaGraphs
 from polymux.actors.gpu.pinned import PinnedMaps
 from polymux.actors.weights.residency import Residency

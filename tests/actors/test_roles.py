@@ -13,6 +13,7 @@ from polymux.actors.kept import KeptSequences
 from polymux.actors.local_orders import LocalOrders
 from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
+from polymux.actors.parallel.leader import Ranks
 from polymux.actors.prefill import PrefillRole
 from polymux.actors.sequence import Phase, Sequence
 from polymux.actors.turns import Turns
@@ -77,10 +78,10 @@ class FakeSource:
         return True
 
 
-def engine_of(num_slabs: int) -> Engine:
+def engine_of(num_slabs: int, ranks: Ranks | None = None) -> Engine:
     torch.set_num_threads(1)
     settings = EngineSettings(weight_reserve_bytes=MIB, slab_bytes=64 * KIB)
-    engine = Engine(Region.create(MIB + num_slabs * 64 * KIB), settings, NoWeights())
+    engine = Engine(Region.create(MIB + num_slabs * 64 * KIB), settings, NoWeights(), ranks=ranks)
     for model in LAYOUTS:
         engine.specs[model] = spec_of(model)
     return engine

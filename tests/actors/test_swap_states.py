@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from rank_memories import RankMemories
 from test_roles import LAYOUTS, PEER, A, B, engine_of, generate
 from torch import Tensor
 
-from polymux.actors.copier import Copied, OnDone, copy_blocks
+from polymux.actors.copier import Copied, CopyBlocks, OnDone
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine
 from polymux.actors.host_tier import HostTier
 from polymux.actors.kept import KeptSequences
+from polymux.actors.kv_blocks import kv_view
 from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
 from polymux.actors.sequence import Phase
@@ -23,6 +25,7 @@ from polymux.actors.sequence import Sequence as Seq
 from polymux.actors.turns import Turns
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import Overloaded, PolymuxError
+from polymux.transport.head_slices import heads_of
 from polymux.transport.host_tier import OpenTier, SlabLeases, TierMemory
 from polymux.transport.messages import KVLayout
 from polymux.transport.units import KIB, ClientId, ModelName, SequenceId
@@ -35,6 +38,7 @@ MAX_LEN = 128
 class ManualCopier:
     """A copier whose copies end when, and as, the test says."""
 
+    copy: CopyBlocks
     waiting: list[tuple[Tensor, Sequence[int], Tensor, Sequence[int], OnDone]] = field(default_factory=list)
     is_full: bool = False
 
@@ -46,7 +50,7 @@ class ManualCopier:
     def end(self, index: int, error: PolymuxError | None = None) -> None:
         source, source_ids, target, target_ids, on_done = self.waiting.pop(index)
         if error is None:
-            list(copy_blocks(source, source_ids, target, target_ids))
+            list(self.copy(source, source_ids, target, target_ids))
         nbytes = len(source_ids) * source[0].nbytes
         on_done(Copied(num_blocks=len(source_ids), nbytes=nbytes, began_s=0.0, ended_s=1e-6, error=error))
 
@@ -84,32 +88,42 @@ class HeldGrants:
         self.quarantine.clear()
 
 
-def slot(engine: Engine, sequence: Seq, position: int) -> Tensor:
-    block, offset = divmod(position, sequence.spec.kv.block_size)
-    return engine.pool(sequence.spec.model).kv[sequence.block_ids[block], 0, 0, 0, offset, 0]
+def slots(engine: Engine, sequence: Seq, position: int) -> Iterator[tuple[int, Tensor]]:
+    """Of every rank the place of each head that it holds, with the head's number in the model."""
+    layout = sequence.spec.kv
+    block, offset = divmod(position, layout.block_size)
+    others = engine._ranks.memories if engine._ranks is not None else ()
+    for rank, memory in enumerate((engine.arena.memory, *others)):
+        part = kv_view(memory, layout)[sequence.block_ids[block], 0, 0, :, offset, 0]
+        yield from zip(heads_of(layout, rank), part, strict=True)
 
 
-def mark(sequence: Seq, position: int) -> float:
-    return float(sequence.order * 1000 + position)
+def mark(sequence: Seq, position: int, head: int) -> float:
+    return sequence.order * 1000 + position + head / 4
 
 
 def write(engine: Engine, sequence: Seq, position: int) -> None:
-    slot(engine, sequence, position).fill_(mark(sequence, position))
+    for head, slot in slots(engine, sequence, position):
+        slot.fill_(mark(sequence, position, head))
 
 
 class SwapMachine(RuleBasedStateMachine):
-    """Two models on a device of few slabs, with a host tier of even fewer, or more."""
+    """Two models on a device of few slabs, of one rank or several, with a host tier of even fewer, or more."""
 
-    @initialize(num_slabs=st.integers(2, 4), num_host_slabs=st.integers(1, 5))
-    def start(self, num_slabs: int, num_host_slabs: int) -> None:
-        self.build(num_slabs, num_host_slabs)
+    @initialize(num_slabs=st.integers(2, 4), num_host_slabs=st.integers(1, 5), num_ranks=st.sampled_from((1, 1, 2, 4)))
+    def start(self, num_slabs: int, num_host_slabs: int, num_ranks: int) -> None:
+        self.build(num_slabs, num_host_slabs, num_ranks)
 
-    def build(self, num_slabs: int, num_host_slabs: int) -> None:
+    def build(self, num_slabs: int, num_host_slabs: int, num_ranks: int = 1) -> None:
         self.engine = engine_of(num_slabs)
+        if num_ranks > 1:  # twice the heads, so that two ranks share them and four hold each twice
+            self.engine = engine_of(num_slabs, RankMemories(self.engine.arena.nbytes, num_ranks))
+            for model, spec in self.engine.specs.items():
+                self.engine.specs[model] = replace(spec, kv=replace(spec.kv, num_kv_heads=2, num_ranks=num_ranks))
         self.memory = TierMemory(num_host_slabs * SLAB, SLAB)
         slab_bytes, fd = self.memory.open()
         self.tier = HostTier(SlabLeases(OpenTier(fd, self.memory.nbytes, slab_bytes)))
-        self.grants, self.copier, meter = HeldGrants(self.engine), ManualCopier(), Meter()
+        self.grants, self.copier, meter = HeldGrants(self.engine), ManualCopier(self.engine.device.copy_blocks), Meter()
         for spec in self.engine.specs.values():
             meter.add_model(spec)
         turns, outbox = Turns(self.engine, meter, turn_policy("wrr")), Outbox(PEER, lambda _client, _frame: True)
@@ -139,9 +153,9 @@ class SwapMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.role.prepare()
             for sequence in self.role._room.form(model, self.sequences):
-                assert all(slot(self.engine, sequence, p).item() == mark(sequence, p) for p in range(0, sequence.num_cached, 7)), (
-                    "a block lost its bytes"
-                )
+                for position in range(0, sequence.num_cached, 7):
+                    for head, slot in slots(self.engine, sequence, position):
+                        assert slot.item() == mark(sequence, position, head), "a block lost its bytes"
                 write(self.engine, sequence, sequence.num_cached)
                 sequence.append(1, 0.0)
                 if sequence.num_tokens >= MAX_LEN:
@@ -193,7 +207,7 @@ class SwapMachine(RuleBasedStateMachine):
         mine = [s for s in self.sequences if s.spec.kv == layout]
         device = [i for s in mine for i in s.block_ids] + [i for copy in copies for i in copy.device_ids]
         device += [i for s, ids in self.grants.live.items() if s.spec.kv == layout for i in ids]
-        device += [i for model, ids in self.grants.quarantine if LAYOUTS[model] == layout for i in ids]
+        device += [i for model, ids in self.grants.quarantine if self.engine.spec(model).kv == layout for i in ids]
         return device, [i for s in mine for i in s.host_ids] + [i for copy in copies for i in copy.host_ids]
 
     @invariant()
@@ -202,7 +216,8 @@ class SwapMachine(RuleBasedStateMachine):
             return
         self.engine.blocks.check()
         self.role.check()
-        for model, layout in LAYOUTS.items():
+        for model in LAYOUTS:
+            layout = self.engine.spec(model).kv
             device, host = self.owners(layout)
             pool = self.tier.pool(layout)
             assert pool is not None
