@@ -97,6 +97,7 @@ typedef struct {
     counters *at;
     allocation *page; /* of one that others may open; NULL: ours alone, or opened here */
     size_t mapped;
+    atomic_int holders; /* whoever made it, and what is on streams: as on a GPU, one may be destroyed before it is reached */
 } event;
 
 static allocation *allocations;
@@ -240,6 +241,7 @@ int cudaStreamDestroy(void *one) { /* returns at once; what is on it goes on */
 
 int cudaEventCreateWithFlags(void **made, unsigned flags) {
     event *one = calloc(1, sizeof *one);
+    one->holders = 1;
     if (flags & 4) {
         one->page = allocate(sizeof(counters));
         one->at = one->page->address;
@@ -250,8 +252,8 @@ int cudaEventCreateWithFlags(void **made, unsigned flags) {
     return broken();
 }
 
-int cudaEventDestroy(void *which) {
-    event *one = which;
+static void drop_event(event *one) {
+    if (atomic_fetch_sub(&one->holders, 1) > 1) return;
     if (one->page) {
         cudaFree(one->at);
     } else if (one->mapped) {
@@ -261,31 +263,42 @@ int cudaEventDestroy(void *which) {
         free(one->at);
     }
     free(one);
-    return OK;
 }
 
-typedef struct { counters *at; long turn; } mark;
+int cudaEventDestroy(void *which) { return drop_event(which), OK; }
+
+typedef struct { event *of; long turn; } mark;
+
+static mark *mark_at(event *one, long turn) {
+    mark *made = malloc(sizeof *made);
+    atomic_fetch_add(&one->holders, 1);
+    made->of = one, made->turn = turn;
+    return made;
+}
+
+static int end_mark(mark *one) {
+    drop_event(one->of);
+    free(one);
+    return 0;
+}
 
 static int reach(void *argument) {
     mark *one = argument;
-    long seen = atomic_load(&one->at->reached);
-    while (seen < one->turn && !atomic_compare_exchange_weak(&one->at->reached, &seen, one->turn)) {}
-    free(one);
-    return 0;
+    atomic_long *reached = &one->of->at->reached;
+    long seen = atomic_load(reached);
+    while (seen < one->turn && !atomic_compare_exchange_weak(reached, &seen, one->turn)) {}
+    return end_mark(one);
 }
 
 static int await(void *argument) {
     mark *one = argument;
-    while (atomic_load(&one->at->reached) < one->turn) usleep(20);
-    free(one);
-    return 0;
+    while (atomic_load(&one->of->at->reached) < one->turn) usleep(20);
+    return end_mark(one);
 }
 
 int cudaEventRecord(void *which, void *on) {
     event *one = which;
-    mark *made = malloc(sizeof *made);
-    made->at = one->at, made->turn = atomic_fetch_add(&one->at->recorded, 1) + 1;
-    enqueue(on, reach, made);
+    enqueue(on, reach, mark_at(one, atomic_fetch_add(&one->at->recorded, 1) + 1));
     return broken();
 }
 
@@ -298,9 +311,7 @@ int cudaEventQuery(void *which) {
 int cudaStreamWaitEvent(void *on, void *which, unsigned flags) {
     (void)flags;
     event *one = which;
-    mark *made = malloc(sizeof *made);
-    made->at = one->at, made->turn = atomic_load(&one->at->recorded);
-    enqueue(on, await, made);
+    enqueue(on, await, mark_at(one, atomic_load(&one->at->recorded)));
     return broken();
 }
 
@@ -350,6 +361,7 @@ int cudaIpcGetEventHandle(ipc_handle *handle, void *which) {
 
 int cudaIpcOpenEventHandle(void **made, ipc_handle handle) {
     event *one = calloc(1, sizeof *one);
+    one->holders = 1;
     if (!(one->at = map_fd(handle, &one->mapped))) return free(one), INVALID_HANDLE;
     atomic_fetch_add(&num_open_maps, 1);
     *made = one;

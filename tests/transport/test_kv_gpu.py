@@ -5,6 +5,7 @@ On the stand-in. The suite of all backends (`test_kv.py`, `test_kv_faults.py`) r
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from backends import eventually
 
+from polymux.transport.cuda.runtime import CudaRuntime
 from polymux.transport.errors import ProtocolMismatch
 from polymux.transport.kv_choice import HOST_BACKENDS, RETRY_S, RecentFailures, Side, offered, to_try, why_not
 from polymux.transport.messages import Peer
@@ -227,3 +229,20 @@ def test_what_failed_with_a_peer_is_tried_again_after_a_while_and_at_once_with_i
     for number in range(300):
         failures.add(peer(f"w{number}"), "nccl", "it hung", 10.0)
     assert failures.why(peer("w"), "nccl", 12.0) is None  # forgotten: the books are bounded
+
+
+def test_the_stand_ins_events_may_be_destroyed_before_they_are_reached(at_rest: Any) -> None:
+    runtime = CudaRuntime.load(at_rest.library())
+    stream, last = runtime.stream(), runtime.event()
+    at_rest.turn(work_us=20_000)
+    ctypes.CDLL(at_rest.library()).stand_in_work(ctypes.c_void_p(stream))
+    for _ in range(32):
+        gone = runtime.event(is_interprocess=True)
+        runtime.record(gone, stream)
+        runtime.wait_event(stream, gone)
+        runtime.destroy_event(gone)
+    runtime.record(last, stream)
+    assert not runtime.is_done(last)
+    assert eventually(lambda: runtime.is_done(last))
+    runtime.destroy_stream(stream)
+    runtime.destroy_event(last)
