@@ -80,7 +80,7 @@ class WorkerBook:
         self.hello = hello
         self._weight_bytes = weight_bytes
         self.peer = Peer(worker_id=hello.worker_id, epoch=epoch, address=hello.address, host_id=hello.host_id, pid=hello.pid)
-        self.costs = costs  # replaced, never changed in place: views hold it
+        self.costs = costs  # replaced, never changed in place: views hold it, and workers that are alike have the same
         self.is_lost = False
         self.lease_until_s = now_s + lease_s
         self.reported: WorkerReport | None = None
@@ -110,14 +110,13 @@ class WorkerBook:
         self.unsettled_kv_bytes -= promise.kv_bytes
         return promise
 
-    def learn(self, costs: Mapping[ModelName, Coefficients]) -> None:
-        self.costs = {**self.costs, **costs}
+    def learn(self, costs: Mapping[ModelName, Coefficients], switch_bytes_per_s: float) -> None:
+        """What its steps and switches are taken to cost from now on."""
+        self.costs, self.switch_bytes_per_s = costs, switch_bytes_per_s
 
     def report(self, report: WorkerReport, *, now_s: float, lease_s: float) -> None:
         self.reported, self.reported_at_s, self.lease_until_s = report, now_s, now_s + lease_s
         self.resident = frozenset(load.model for load in (*report.loads, *report.prefills) if load.is_resident)
-        if report.switch_bytes_per_s > 0:
-            self.switch_bytes_per_s = report.switch_bytes_per_s
         self.marks.report(report.cached_prefixes)
         for sequence_id, promise in list(self.unsettled.items()):  # in the order in which they were made
             if promise.at_s > now_s - SETTLE_S:
@@ -180,9 +179,10 @@ class PrefillBook(WorkerBook):
         if self.marks.expect(prefix_marks):
             self._view = None
 
-    def learn(self, costs: Mapping[ModelName, Coefficients]) -> None:
-        super().learn(costs)
-        self._view = None
+    def learn(self, costs: Mapping[ModelName, Coefficients], switch_bytes_per_s: float) -> None:
+        if costs is not self.costs or switch_bytes_per_s != self.switch_bytes_per_s:
+            super().learn(costs, switch_bytes_per_s)
+            self._view = None
 
     def report(self, report: WorkerReport, *, now_s: float, lease_s: float) -> None:
         super().report(report, now_s=now_s, lease_s=lease_s)
@@ -271,9 +271,10 @@ class DecodeBook(WorkerBook):
             del self._work[promise.model]
         self._view = None
 
-    def learn(self, costs: Mapping[ModelName, Coefficients]) -> None:
-        super().learn(costs)
-        self._view = None
+    def learn(self, costs: Mapping[ModelName, Coefficients], switch_bytes_per_s: float) -> None:
+        if costs is not self.costs or switch_bytes_per_s != self.switch_bytes_per_s:
+            super().learn(costs, switch_bytes_per_s)
+            self._view = None
 
     def report(self, report: WorkerReport, *, now_s: float, lease_s: float) -> None:
         super().report(report, now_s=now_s, lease_s=lease_s)

@@ -9,7 +9,7 @@ from itertools import product
 
 from polymux.cluster.books import DecodeBook, PrefillBook, WorkerBook
 from polymux.cluster.config import ClusterConfig
-from polymux.cluster.known_costs import KnownCosts, Measured, three
+from polymux.cluster.known_costs import KnownCosts, KnownSpeeds, Measured, three
 from polymux.disagg.admission import max_kv_tokens
 from polymux.disagg.cost import Roofline, guess_decode, guess_prefill
 from polymux.transport.errors import ConfigError, LayoutMismatch, Overloaded
@@ -71,7 +71,7 @@ class Pool:
         self._degrees = config.pools.degrees
         self._specs: dict[ModelName, ModelSpec] = {}
         self._weight_bytes: dict[ModelName, int] = {}
-        self._prefill_costs, self._decode_costs = KnownCosts(), KnownCosts()
+        self._prefill_costs, self._decode_costs, self._speeds = KnownCosts(), KnownCosts(), KnownSpeeds()
         self._able: dict[ModelName, Able] = {}
 
     def __len__(self) -> int:
@@ -88,10 +88,6 @@ class Pool:
     def assign(self, worker_id: WorkerId, roles: frozenset[Role]) -> None:
         """Give a worker these roles and no others, from the next placement on; what it has been given stays. None at all: it is drained."""
         member = self.members[worker_id]
-        if Role.PREFILL in roles - member.roles:
-            member.prefill.learn(self._prefill_costs.of(member.main.hello.device_kind))
-        if Role.DECODE in roles - member.roles:
-            member.decode.learn(self._decode_costs.of(member.main.hello.device_kind))
         member.roles = roles
         self.prefill = {key: one.prefill for key, one in self.members.items() if Role.PREFILL in one.roles}
         self.decode = {key: one.decode for key, one in self.members.items() if Role.DECODE in one.roles}
@@ -114,8 +110,7 @@ class Pool:
         self._prefill_costs.guess(spec.model, prefill)
         self._decode_costs.guess(spec.model, decode)
         for member in self.members.values():
-            member.prefill.learn({spec.model: prefill})
-            member.decode.learn({spec.model: decode})
+            self._tell(member)
 
     def add(self, hello: WorkerHello, epoch: Epoch, now_s: float) -> None:
         """A worker joins. Raises ConfigError for a hello without id or arena and for ranks that a model's KV does not fit, Overloaded
@@ -127,12 +122,13 @@ class Pool:
         if len(self) >= MAX_WORKERS:
             raise Overloaded(f"{len(self)} workers are alive, and no more than {MAX_WORKERS} may be")
         lease_s, weight_bytes = self._lease_s, self._weight_bytes
-        prefill, decode = (known.of(hello.device_kind) for known in (self._prefill_costs, self._decode_costs))
+        prefill, decode = (known.of(hello.device_kind, hello.worker_id) for known in (self._prefill_costs, self._decode_costs))
         self.members[hello.worker_id] = Member(
             PrefillBook(hello, epoch, prefill, weight_bytes, now_s=now_s, lease_s=lease_s),
             DecodeBook(hello, epoch, decode, weight_bytes, now_s=now_s, lease_s=lease_s, max_num_seqs=self._max_num_seqs),
             frozenset(),
         )
+        self._tell(self.members[hello.worker_id])
         self.assign(hello.worker_id, frozenset({hello.role}))
 
     def remove(self, worker_id: WorkerId) -> bool:
@@ -146,6 +142,8 @@ class Pool:
         book = member.main
         self.lost.append(book)
         self.num_lost += bool(member.roles)
+        for known in (self._prefill_costs, self._decode_costs, self._speeds):
+            known.forget(worker_id)
         self.stalled -= {worker_id}
         self.retired.update(counters_of(book))
         self._able.clear()
@@ -154,17 +152,30 @@ class Pool:
     def report(self, report: WorkerReport, now_s: float) -> None:
         """Of a worker that is alive, in its present incarnation."""
         member = self.members[report.worker_id]
-        kind = member.main.hello.device_kind
-        if Role.PREFILL in member.roles:
-            prefill = {cost.model: Measured(cost.prefill, cost.num_prefill_steps) for cost in report.costs}
-            member.prefill.learn(self._prefill_costs.report(kind, prefill))
-        if Role.DECODE in member.roles:
-            decode = {cost.model: Measured(cost.decode, cost.num_decode_steps) for cost in report.costs}
-            member.decode.learn(self._decode_costs.report(kind, decode))
+        self._take_in(member, report)
         member.prefill.report(report, now_s=now_s, lease_s=self._lease_s)
         member.decode.report(report, now_s=now_s, lease_s=self._lease_s)
         is_stalled = report.last_step_age_s is not None and report.last_step_age_s > self._stall_s
         self.stalled = self.stalled | {report.worker_id} if is_stalled else self.stalled - {report.worker_id}
+
+    def _take_in(self, member: Member, report: WorkerReport) -> None:
+        """What its steps cost, which goes for all that are alike at once."""
+        kind, worker_id = member.main.hello.device_kind, report.worker_id
+        prefill = {cost.model: Measured(cost.prefill, cost.num_prefill_steps) for cost in report.costs}
+        decode = {cost.model: Measured(cost.decode, cost.num_decode_steps) for cost in report.costs}
+        is_news = [
+            self._prefill_costs.report(kind, worker_id, prefill),
+            self._decode_costs.report(kind, worker_id, decode),
+            self._speeds.report(kind, worker_id, report.switch_bytes_per_s),
+        ]
+        for one in self.members.values() if any(is_news) else (member,):
+            if one.main.hello.device_kind == kind:
+                self._tell(one)
+
+    def _tell(self, member: Member) -> None:
+        kind, worker_id = member.main.hello.device_kind, member.main.hello.worker_id
+        member.prefill.learn(self._prefill_costs.of(kind, worker_id), self._speeds.of(kind))
+        member.decode.learn(self._decode_costs.of(kind, worker_id), self._speeds.of(kind))
 
     def able(self, spec: ModelSpec) -> Able:
         """Who could hold the model, whatever is in the arenas now."""
