@@ -9,18 +9,17 @@ machine has changed. A worker that has seen enough to be told from its like has 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from polymux.disagg.cost import Roofline
+from polymux.disagg.cost import Roofline, Vector, dot
 from polymux.disagg.dispatch import Coefficients
 from polymux.transport.units import ModelName, WorkerId
 
 ENOUGH_STEPS = 32  # for a worker's own word
-TELLING = 1.25  # by so much its steps must be slower or faster than its like's
+TELLING = 1.25  # by so much its steps must be slower, or faster, than its like's: small ones and large ones
 DRIFT = 1.1  # by so much steps, or switches, must have changed for a word to be replaced
 GROWN = 1.5  # or by so much the steps behind it
-SMALL_STEP = 8  # sequences of a decode step, tokens of a prompt: where steps are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,9 @@ class _Word:
 class KnownCosts:
     """Of one phase. What `of` returns is replaced, never changed in place: views hold it."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[Vector]) -> None:
+        """`sizes`: features of the steps by which costs are compared."""
+        self._sizes = sizes
         self._guesses: dict[ModelName, Coefficients] = {}
         self._words: dict[str, dict[ModelName, _Word]] = {}  # by kind of device
         self._shared: dict[str, dict[ModelName, Coefficients]] = {}  # the same words' costs, and guesses
@@ -73,12 +74,13 @@ class KnownCosts:
                 continue
             word = words.get(model) or _Word(self._guesses[model])
             own.pop(model, None)
-            if word.said_by != worker_id and min(one.num_steps, word.num_steps) >= ENOUGH_STEPS and _differs(cost, word.cost, TELLING):
+            is_other = one.num_steps >= ENOUGH_STEPS and self._differs(cost, word.cost, TELLING)
+            if is_other and word.said_by != worker_id and word.num_steps >= ENOUGH_STEPS:
                 own[model] = cost
-            elif _is_news(cost, one.num_steps, word):
+            elif self._is_news(cost, one.num_steps, word):
                 words[model] = _Word(cost, one.num_steps, worker_id)
                 changed[model] = cost
-            elif one.num_steps >= ENOUGH_STEPS and _differs(cost, word.cost, TELLING):
+            elif is_other:
                 own[model] = cost
         if changed:
             self._shared[device_kind] = {**self._shared.get(device_kind, self._guesses), **changed}
@@ -89,6 +91,17 @@ class KnownCosts:
         self._own.pop(worker_id, None)
         for words in self._words.values():
             words.update({model: replace(word, num_steps=0, said_by=None) for model, word in words.items() if word.said_by == worker_id})
+
+    def _is_news(self, cost: Coefficients, num_steps: int, word: _Word) -> bool:
+        """Whether a worker that knows at least as much says something else, or says it with much more behind it."""
+        if num_steps == 0 or num_steps < word.num_steps:
+            return False
+        return num_steps >= GROWN * word.num_steps or self._differs(cost, word.cost, DRIFT)
+
+    def _differs(self, cost: Coefficients, other: Coefficients, by: float) -> bool:
+        """The same way at every size: of batches that were never seen a fit is a guess, and two fits are two guesses."""
+        ratios = [dot(cost, size) / dot(other, size) for size in self._sizes]
+        return min(ratios) > by or max(ratios) < 1 / by
 
 
 class KnownSpeeds:
@@ -116,21 +129,6 @@ class KnownSpeeds:
     def forget(self, worker_id: WorkerId) -> None:
         for said in self._said.values():
             said.pop(worker_id, None)
-
-
-def _is_news(cost: Coefficients, num_steps: int, word: _Word) -> bool:
-    """Whether a worker that knows at least as much says something else, or says it with much more behind it."""
-    if num_steps == 0 or num_steps < word.num_steps:
-        return False
-    return num_steps >= GROWN * word.num_steps or _differs(cost, word.cost, DRIFT)
-
-
-def _differs(cost: Coefficients, other: Coefficients, by: float) -> bool:
-    return not 1 / by <= _step_s(cost) / _step_s(other) <= by
-
-
-def _step_s(cost: Coefficients) -> float:
-    return max(cost[0] + SMALL_STEP * cost[1], 1e-12)
 
 
 def three(coefficients: tuple[float, ...]) -> Coefficients | None:

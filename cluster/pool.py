@@ -11,7 +11,7 @@ from polymux.cluster.books import DecodeBook, PrefillBook, WorkerBook
 from polymux.cluster.config import ClusterConfig
 from polymux.cluster.known_costs import KnownCosts, KnownSpeeds, Measured, three
 from polymux.disagg.admission import max_kv_tokens
-from polymux.disagg.cost import Roofline, guess_decode, guess_prefill
+from polymux.disagg.cost import DECODE_ANCHORS, PREFILL_ANCHORS, Roofline, guess_decode, guess_prefill
 from polymux.transport.errors import ConfigError, LayoutMismatch, Overloaded
 from polymux.transport.head_slices import plan_heads, sharded
 from polymux.transport.messages import ModelSpec, Role, WorkerHello, WorkerReport
@@ -71,7 +71,7 @@ class Pool:
         self._degrees = config.pools.degrees
         self._specs: dict[ModelName, ModelSpec] = {}
         self._weight_bytes: dict[ModelName, int] = {}
-        self._prefill_costs, self._decode_costs, self._speeds = KnownCosts(), KnownCosts(), KnownSpeeds()
+        self._prefill_costs, self._decode_costs, self._speeds = KnownCosts(PREFILL_ANCHORS), KnownCosts(DECODE_ANCHORS), KnownSpeeds()
         self._able: dict[ModelName, Able] = {}
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymux.cluster.known_costs import DRIFT, ENOUGH_STEPS, TELLING, KnownCosts, KnownSpeeds, Measured
+from polymux.disagg.cost import DECODE_ANCHORS, dot
 from polymux.disagg.dispatch import Coefficients
 from polymux.transport.units import ModelName, WorkerId
 
@@ -15,11 +16,11 @@ GUESS: Coefficients = (1.0, 0.0, 0.0)
 
 
 def cost(base_s: float) -> Coefficients:
-    return base_s, 0.1, 0.0
+    return base_s, 0.01, 0.0
 
 
 def known() -> KnownCosts:
-    costs = KnownCosts()
+    costs = KnownCosts(DECODE_ANCHORS)
     costs.guess(A, GUESS)
     return costs
 
@@ -53,6 +54,13 @@ def test_a_slower_worker_that_has_seen_more_speaks_for_itself_alone() -> None:
     reported(costs, ONE, 3.0, ENOUGH_STEPS)
     assert reported(costs, OTHER, 9.0, 10 * ENOUGH_STEPS) == cost(9.0)
     assert costs.of("cpu", ONE)[A] == costs.of("cpu", THIRD)[A] == cost(3.0)
+
+
+def test_fits_that_part_only_at_batches_that_nobody_has_run_are_of_one_device() -> None:
+    costs = known()
+    costs.report("cpu", ONE, {A: Measured((3.56, 0.23, 0.0), 100)})
+    costs.report("cpu", OTHER, {A: Measured((2.89, 0.73, 0.0), 100)})  # the same at two sequences, 1.6 times at eight
+    assert costs.of("cpu", OTHER) is costs.of("cpu", ONE)
 
 
 def test_a_word_holds_for_all_until_much_more_is_known_or_the_machine_has_changed() -> None:
@@ -109,8 +117,8 @@ def test_alike_workers_cost_alike_to_the_last_digit_but_for_one_that_is_known_to
         shared = costs.of("cpu", WorkerId("new"))[A]
         assert {taken, shared} <= said
         if taken != shared:
-            ratio = (base_s + 0.8) / (shared[0] + 8 * shared[1])
-            assert taken == cost(base_s) and num_steps >= ENOUGH_STEPS and not 1 / TELLING <= ratio <= TELLING
+            ratios = [dot(taken, size) / dot(shared, size) for size in DECODE_ANCHORS]
+            assert taken == cost(base_s) and num_steps >= ENOUGH_STEPS and (min(ratios) > TELLING or max(ratios) < 1 / TELLING)
 
 
 def test_switches_are_as_fast_as_alike_workers_say_on_the_mean_and_the_same_for_all() -> None:
