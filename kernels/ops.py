@@ -25,7 +25,7 @@ from polymux.kernels.few_rows import FewRows, Heads, Layer
 from polymux.kernels.paged import CacheShape, WritePlan
 
 if TYPE_CHECKING:
-    from polymux.kernels.gpu.plan import AttendPlan, StepPlan
+    from polymux.kernels.gpu.plan import AttendPlan, AttendSpec, StepPlan, StepPlanner
 
 
 class PagedCache:
@@ -125,6 +125,13 @@ def rotate_write(cache: PagedCache, layer: int, heads: Tensor, norms: Tensor | N
     places = (plan.positions, plan.slots, plan.num_tokens)
     q: Tensor = implementation("rotate_write", heads.device)(heads, norms, eps, table, *places, cache.rows[layer], cache.shape)
     return q
+
+
+def step_planner(spec: AttendSpec) -> StepPlanner:
+    """Of the steps of one model, by the attention that serves its device. Raises Unavailable where that cannot serve the model."""
+    from polymux.kernels.gpu.plan import StepPlanner
+
+    return StepPlanner(spec.shape, choice.preparation(spec.device)(spec))
 
 
 def attend_planned(q: Tensor, cache: PagedCache, layer: int, plan: AttendPlan, scale: float, out: Tensor) -> None:

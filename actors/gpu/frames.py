@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from polymux.actors.models.config import ArchConfig
-from polymux.kernels.gpu.config import Chip
-from polymux.kernels.gpu.plan import StepPlanner, Workspace
+from polymux.kernels import ops
+from polymux.kernels.gpu.plan import AttendSpec, StepPlanner, Workspace
 from polymux.kernels.gpu.staging import ALIGNMENT, Staging
+from polymux.kernels.libraries import Unavailable
 from polymux.kernels.paged import CacheShape, Span
 from polymux.kernels.row_sampling import PICK_WORDS
+from polymux.transport.errors import ConfigError
 
 ROW_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)  # a decode step is padded to one of these
 ROW_STEP = 32  # beyond the last of them
@@ -30,19 +32,24 @@ def padded_rows(num_rows: int) -> int:
 class Frame:
     """Of one architecture shape and dtype; models that are alike share it, since steps are one after another."""
 
-    def __init__(self, config: ArchConfig, shape: CacheShape, item_bytes: int, shared: FrameSettings, device: torch.device) -> None:
+    def __init__(self, config: ArchConfig, shape: CacheShape, dtype: torch.dtype, shared: FrameSettings, device: torch.device) -> None:
+        """Raises ConfigError where the attention that was asked for cannot serve such a model."""
         self.num_rows = padded_rows(shared.max_num_seqs)
         self.windows = tuple(dict.fromkeys(config.windows))
         self.block_size = shape.block_size
-        self.planner = StepPlanner(
-            shape,
-            config.num_heads,
-            item_bytes,
-            shared.workspace,
-            chip=Chip.of(device),
+        num_blocks = self.num_rows * -(-config.max_position_embeddings // shape.block_size)
+        spec = AttendSpec(
+            shape=shape,
+            num_heads=config.num_heads,
+            dtype=dtype,
+            scale=config.head_dim**-0.5,
+            windows=self.windows,
+            max_blocks=num_blocks,
+            device=device,
+            workspace=shared.workspace,
             batch_invariant=shared.batch_invariant,
         )
-        num_blocks = self.num_rows * -(-config.max_position_embeddings // shape.block_size)
+        self.planner = _planner(spec)
         own_words = (2 + PICK_WORDS) * self.num_rows + 3 * ALIGNMENT
         self.decode = Staging(self.planner.num_words(self.num_rows, num_blocks, len(self.windows)) + own_words, device)
         self._prefill: Staging | None = None
@@ -58,6 +65,13 @@ class Frame:
         if self._prefill is None or self._prefill.num_words < wanted:
             self._prefill = Staging(2 * wanted, self._device)
         return self._prefill
+
+
+def _planner(spec: AttendSpec) -> StepPlanner:
+    try:
+        return ops.step_planner(spec)
+    except Unavailable as error:
+        raise ConfigError(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

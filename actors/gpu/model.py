@@ -19,10 +19,11 @@ from polymux.actors.gpu.frames import Frame, FrameSettings, padded_rows
 from polymux.actors.gpu.graphs import Graphs
 from polymux.actors.model_runner import ForwardBatch
 from polymux.actors.models.decoder import Decoder, ModelWeights, PlannedStep
-from polymux.kernels.choice import implementation
+from polymux.kernels.choice import choices, implementation
 from polymux.kernels.gpu.plan import Workspace
 from polymux.kernels.ops import PagedCache
 from polymux.kernels.row_sampling import Picks, RowPick, pack_picks
+from polymux.transport.errors import ConfigError
 
 OnLayer = Callable[[int], None] | None
 NOBODY = RowPick()  # a padding row's
@@ -32,7 +33,12 @@ class PlannedModels:
     """Those of one worker: what they share."""
 
     def __init__(self, device: Device, graphs: Graphs, *, max_num_seqs: int, batch_invariant: bool) -> None:
+        """Raises ConfigError where POLYMUX_KERNELS cannot be followed."""
         self._device, self._graphs = device, graphs
+        try:
+            choices(device.torch_device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         workspace = Workspace(device.torch_device)
         self._settings = FrameSettings(workspace=workspace, max_num_seqs=max_num_seqs, batch_invariant=batch_invariant)
         self._frames: dict[Decoder, Frame] = {}
@@ -41,8 +47,7 @@ class PlannedModels:
         """`key` names the weights and where they and the cache are: equal keys, equal bytes at equal addresses."""
         frame = self._frames.get(skeleton)
         if frame is None:
-            item_bytes = cache.kv.element_size()
-            frame = Frame(skeleton.config, cache.shape, item_bytes, self._settings, self._device.torch_device)
+            frame = Frame(skeleton.config, cache.shape, cache.kv.dtype, self._settings, self._device.torch_device)
             self._frames[skeleton] = frame
         return PlannedModel(skeleton, weights, cache, self._device, self._graphs, frame, key)
 
@@ -72,7 +77,6 @@ class PlannedModel:
             words, rows = staging.take(len(wanted))
             words[:] = wanted
         plan = frame.planner.plan(slices, frame.windows, staging)
-        staging.send()
         step = PlannedStep(token_ids.long(), plan, None if rows is None else rows.long())
         return self._skeleton.forward(self._weights, self._cache, step, on_layer, before_layer)
 
@@ -112,7 +116,6 @@ class PlannedModel:
         staged_words, staged_picks = frame.decode.take(len(pick_words))
         staged_words[:] = pick_words
         plan = frame.planner.plan(slices, frame.windows, frame.decode, num_rows)
-        frame.decode.send()
         picks = Picks.of(staged_picks, draws=draws, filters=filters) if draws_inside else None
         work = partial(self._compute, token_ids, sources, PlannedStep(token_ids, plan, None), picks, before_layer)
         return num_rows, work, (draws, filters) if draws_inside else "logits"

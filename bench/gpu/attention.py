@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from gpu.attention_cases import LLAMA_8B, NUM_LAYERS, QWEN_7B, QWEN_HALF_B, Case, Heads, Step, graph_of
 from gpu.attention_peers import flashinfer, sdpa
 from gpu.harness import Target, copy_bytes_per_s, matrix_flops_per_s, note, time_s
+from polymux.kernels.libraries import why_not
 
 BUDGET_S = 75.0
 ROUNDS = 12
@@ -60,8 +60,8 @@ def measure(budget_s: float) -> dict[str, float]:
     torch.manual_seed(0)
     deadline = time.monotonic() + budget_s
     figures: dict[str, float] = {}
-    if find_spec("flashinfer") is None:
-        note("attention: FlashInfer is not installed")
+    if why_not("flashinfer"):
+        note(f"attention: {why_not('flashinfer')}")
     for figure, taken in _figures():
         figures |= taken
         if time.monotonic() > deadline:
@@ -118,15 +118,15 @@ def _time_peers(name: str, step: Step, ours: Tensor) -> dict[str, float]:
     found = {}
     for peer, make in PEERS.items():
         try:
-            run = make(step)
-            theirs = None if run is None else run()
-        except (RuntimeError, TypeError, AttributeError, OSError, ImportError) as error:
+            made = make(step)
+            theirs = None if made is None else made.run()
+        except (RuntimeError, TypeError, AttributeError, OSError, ImportError, ValueError) as error:
             note(f"{name}: {peer} could not run it: {error!r:.200}")
             continue
-        if run is None or theirs is None:
+        if made is None or theirs is None:
             continue
         difference = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
         if not difference < TOLERANCE:
             raise AssertionError(f"{name}: ours and {peer}'s differ by {difference:.2g} of their norm")
-        found[peer] = time_s(run, rounds=ROUNDS)
+        found[peer] = time_s(made.run, rounds=ROUNDS) / made.num_layers
     return found

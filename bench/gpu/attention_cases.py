@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from polymux.kernels.gpu.config import Chip, Tiles
-from polymux.kernels.gpu.plan import AttendPlan, StepPlanner, Workspace
+from polymux.kernels.gpu.config import Tiles
+from polymux.kernels.gpu.plan import AttendPlan, AttendSpec, Attention, StepPlanner, Workspace
 from polymux.kernels.gpu.staging import Staging
+from polymux.kernels.gpu.tiled import TiledAttention
 from polymux.kernels.paged import CacheShape
 
 SIZE = 16  # slots of a block
@@ -90,14 +91,31 @@ class Step:
     def scale(self) -> float:
         return float(self.case.heads.head_dim) ** -0.5
 
+    @property
+    def is_decode(self) -> bool:
+        return all(num_tokens == 1 for num_tokens, _ in self.case.sizes)
+
+    @property
+    def spec(self) -> AttendSpec:
+        return AttendSpec(
+            shape=CacheShape.of(self.kv),
+            num_heads=self.case.heads.num_heads,
+            dtype=self.dtype,
+            scale=self.scale,
+            windows=(None,),
+            max_blocks=self.kv.shape[0],
+            device=self.device,
+            workspace=Workspace(self.device),
+        )
+
     def plan(self, tiles: Tiles | None = None) -> AttendPlan:
-        device, heads = self.device, self.case.heads.num_heads
-        planner = StepPlanner(CacheShape.of(self.kv), heads, self.dtype.itemsize, Workspace(device), chip=Chip.of(device), tiles=tiles)
-        staging = Staging(planner.num_words(self.q.shape[0], self.kv.shape[0]), device)
+        return self.plan_by(TiledAttention(self.spec, tiles=tiles))
+
+    def plan_by(self, attention: Attention) -> AttendPlan:
+        planner = StepPlanner(CacheShape.of(self.kv), attention)
+        staging = Staging(planner.num_words(self.q.shape[0], self.kv.shape[0]), self.device)
         staging.begin()
-        plan = planner.plan(self.spans, [None], staging, self.q.shape[0])
-        staging.send()
-        return plan.attention[None]
+        return planner.plan(self.spans, [None], staging, self.q.shape[0]).attention[None]
 
     def ours(self, plan: AttendPlan) -> Callable[[], None]:
         """Attention of each layer in turn."""

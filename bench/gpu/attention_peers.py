@@ -1,18 +1,22 @@
-"""A benchmark's attention step by other libraries: the last layer of it, as a function to call and to time."""
+"""A benchmark's attention step by other libraries, as functions to call and to time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
-from itertools import accumulate
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu.attention_cases import NUM_LAYERS, SIZE, Step
+from gpu.attention_cases import NUM_LAYERS, Step, graph_of
+from polymux.kernels.libraries import why_not
 
-Peer = Callable[[], Tensor]  # returns [T, Hq, D]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    run: Callable[[], Tensor]  # computes so many layers, and returns the last one's [T, Hq, D]
+    num_layers: int
 
 
 def sdpa(step: Step) -> Peer | None:
@@ -33,30 +37,28 @@ def sdpa(step: Step) -> Peer | None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=step.scale, enable_gqa=True)
         return out.transpose(1, 2).reshape(step.q.shape)
 
-    return run
+    return Peer(run=run, num_layers=1)
 
 
 def flashinfer(step: Step) -> Peer | None:
-    """FlashInfer, on the same cache; None where it is not installed."""
-    if find_spec("flashinfer") is None:
+    """As it would serve: on the same cache, over its layers in turn, decode steps as a captured graph. None where it is not installed."""
+    if why_not("flashinfer"):
         return None
-    import flashinfer as library
+    from polymux.kernels.gpu.flashinfer_attend import FlashInferAttention, attend
 
-    def starts(counts: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=step.device)
+    plan, out = step.plan_by(FlashInferAttention(step.spec)), torch.empty_like(step.q)
 
-    heads, dtypes = step.case.heads, {"q_data_type": step.dtype, "kv_data_type": step.dtype}
-    kv = step.kv[:, NUM_LAYERS - 1].contiguous()
-    ends = torch.tensor([span.context_len + span.num_tokens for span in step.spans], dtype=torch.int32, device=step.device)
-    ids = torch.tensor([i for span in step.spans for i in span.block_ids], dtype=torch.int32, device=step.device)
-    tables = (starts([len(span.block_ids) for span in step.spans]), ids, (ends - 1) % SIZE + 1)
-    shape = (heads.num_heads, heads.num_kv_heads, heads.head_dim, SIZE)
-    scratch = torch.empty(256 << 20, dtype=torch.uint8, device=step.device)
-    if all(num_tokens == 1 for num_tokens, _ in step.case.sizes):
-        decode = library.BatchDecodeWithPagedKVCacheWrapper(scratch, "HND", use_tensor_cores=True)
-        decode.plan(*tables, *shape, sm_scale=step.scale, **dtypes)
-        return lambda: decode.run(step.q, kv)
-    rows = starts([span.num_tokens for span in step.spans])
-    prefill = library.BatchPrefillWithPagedKVCacheWrapper(scratch, "HND")
-    prefill.plan(rows, *tables, *shape, causal=True, sm_scale=step.scale, **dtypes)
-    return lambda: prefill.run(step.q, kv)
+    def layers() -> Tensor:
+        for layer in range(NUM_LAYERS):
+            attend(step.q, step.kv, layer, plan, step.scale, out)
+        return out
+
+    if not step.is_decode or step.device.type != "cuda":
+        return Peer(run=layers, num_layers=NUM_LAYERS)
+    graph = graph_of(layers)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return Peer(run=replay, num_layers=NUM_LAYERS)

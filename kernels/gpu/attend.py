@@ -16,7 +16,8 @@ from torch import Tensor
 
 from polymux.kernels.gpu import work
 from polymux.kernels.gpu.config import padded_dim
-from polymux.kernels.gpu.plan import AttendPlan, Launch
+from polymux.kernels.gpu.plan import AttendPlan
+from polymux.kernels.gpu.tiled import Launch, TiledPlan
 
 START = tl.constexpr(work.START)
 CONTEXT = tl.constexpr(work.CONTEXT)
@@ -37,12 +38,13 @@ def attend(q: Tensor, kv: Tensor, layer: int, plan: AttendPlan, scale: float, ou
     q and out [T, Hq, D] of the step's T rows, kv [N, L, 2, Hkv, S, D] in q's dtype: contiguous in D, any strides else. Padding rows become
     zero. Scores, softmax and sums in fp32. Nothing waits for the device, and the launches depend on the plan's shapes alone.
     """
+    assert isinstance(plan, TiledPlan), f"{type(plan).__name__} was prepared for another implementation"
     for launch in (plan.decode, plan.prefill):
         if launch is not None:
             _run(q, kv, layer, plan, launch, scale, out)
 
 
-def _run(q: Tensor, kv: Tensor, layer: int, plan: AttendPlan, launch: Launch, scale: float, out: Tensor) -> None:
+def _run(q: Tensor, kv: Tensor, layer: int, plan: TiledPlan, launch: Launch, scale: float, out: Tensor) -> None:
     _, _, _, num_kv_heads, block_size, head_dim = kv.shape
     assert q.stride(2) == out.stride(2) == kv.stride(5) == 1, "the last dimension is not contiguous"
     config, workspace = launch.config, plan.workspace

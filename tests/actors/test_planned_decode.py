@@ -20,6 +20,11 @@ from torch import Tensor
 from polymux.actors.drawn import Ask
 from polymux.actors.sampler import SampledToken, SamplerState
 from polymux.kernels import choice
+from polymux.kernels.gpu import flashinfer_attend
+from polymux.kernels.libraries import why_not
+from polymux.transport.errors import ConfigError
+
+from ..kernels.gpu.libraries import stand_in
 
 
 class Replaying:
@@ -63,19 +68,57 @@ def store() -> Store:
     return Store("plain")
 
 
-def test_replayed_steps_read_the_inputs_of_their_own_step(store: Store) -> None:
+@pytest.fixture
+def any_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The stand-in of FlashInfer, for heads of any size in any dtype."""
+    with stand_in() as library:
+        for module in (library, flashinfer_attend):
+            monkeypatch.setattr(module, "HEAD_DIMS", range(257))
+            monkeypatch.setattr(module, "DTYPES", (torch.float32,))
+        yield
+
+
+@pytest.mark.parametrize("attention", ["triton", "flashinfer"])
+def test_replayed_steps_read_the_inputs_of_their_own_step(attention: str, store: Store, any_library: None) -> None:
     name = NAMES[1]
     params = [replace(KINDS["greedy"]), replace(KINDS["sampled"], seed=3)]
     plain = engine_on(store, None)
     expected = Batch(plain, store.specs[name], params, runs_ahead=False).run(5)
     plain.close()
     device = PlanningDevice(captures=True)
-    engine = engine_on(store, device)
-    with choice.override("all=torch,attend=triton"):
+    with choice.override(f"all=torch,attend={attention}"):
+        engine = engine_on(store, device)
         found = Batch(engine, store.specs[name], params, runs_ahead=True).run(5)
     assert tokens_of(found) == tokens_of(expected)
     assert device.graphs.num_replayed == 3
     engine.close()
+
+
+def test_models_of_one_shape_that_take_turns_share_a_librarys_plans(store: Store, any_library: None) -> None:
+    device = PlanningDevice(captures=True)
+    with choice.override("all=torch,attend=flashinfer"):
+        engine = engine_on(store, device)
+        params = [replace(KINDS["greedy"])] * 3
+        alone = [tokens_of(Batch(engine, store.specs[name], params, runs_ahead=True).run(4)) for name in NAMES]
+        for turn in range(4):
+            assert tokens_of(Batch(engine, store.specs[NAMES[turn % 2]], params, runs_ahead=True).run(4)) == alone[turn % 2], turn
+    assert device.graphs.num_replayed >= 12
+    engine.close()
+
+
+def test_a_model_that_the_library_cannot_serve_is_not_bound(store: Store) -> None:
+    with stand_in(), choice.override("all=torch,attend=flashinfer"):
+        engine = engine_on(store, PlanningDevice())
+        with pytest.raises(ConfigError, match=r"flashinfer has no attention .*: take attend=flashinfer out of POLYMUX_KERNELS"):
+            Batch(engine, store.specs[NAMES[0]], [replace(KINDS["greedy"])], runs_ahead=True)
+        engine.close()
+
+
+def test_a_worker_whose_kernels_are_not_there_does_not_start(store: Store) -> None:
+    if not why_not("flashinfer"):
+        pytest.skip("flashinfer is installed")
+    with choice.override("all=torch,attend=flashinfer"), pytest.raises(ConfigError, match="flashinfer is not installed: pip install"):
+        engine_on(store, PlanningDevice())
 
 
 @pytest.mark.parametrize("kind", KINDS)

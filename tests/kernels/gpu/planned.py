@@ -10,9 +10,9 @@ from torch import Tensor
 from polymux.actors.model_runner import ForwardBatch
 from polymux.actors.models.decoder import Decoder, ModelWeights, PlannedStep
 from polymux.kernels import choice
-from polymux.kernels.gpu.config import Chip
-from polymux.kernels.gpu.plan import StepPlanner, Workspace
+from polymux.kernels.gpu.plan import AttendSpec, StepPlanner, Workspace
 from polymux.kernels.gpu.staging import Staging
+from polymux.kernels.gpu.tiled import TiledAttention
 from polymux.kernels.ops import PagedCache
 
 
@@ -23,15 +23,19 @@ class PlannedModel:
         self.config = decoder.config
         self._decoder, self._weights, self._cache, self._padding = decoder, weights, PagedCache(kv), padding
         self._device = kv.device
-        shape, chip = self._cache.shape, Chip.of(kv.device)
-        self._planner = StepPlanner(
-            shape,
-            decoder.config.num_heads,
-            kv.element_size(),
-            Workspace(kv.device),
-            chip=chip,
+        config = decoder.config
+        spec = AttendSpec(
+            shape=self._cache.shape,
+            num_heads=config.num_heads,
+            dtype=kv.dtype,
+            scale=config.head_dim**-0.5,
+            windows=tuple(dict.fromkeys(config.windows)),
+            max_blocks=1024,
+            device=kv.device,
+            workspace=Workspace(kv.device),
             batch_invariant=decoder.batch_invariant,
         )
+        self._planner = StepPlanner(spec.shape, TiledAttention(spec))
         self._staging = Staging(self._planner.num_words(256, 1024, 2), kv.device)
         decoder.prepare()
 
@@ -39,7 +43,6 @@ class PlannedModel:
         num_rows = batch.token_ids.shape[0] + self._padding
         self._staging.begin()
         plan = self._planner.plan(batch.slices, self.config.windows, self._staging, num_rows)
-        self._staging.send()
         wanted = batch.logits_rows
         if wanted is None:
             wanted = torch.tensor([s.start + s.num_tokens - 1 for s in batch.slices])

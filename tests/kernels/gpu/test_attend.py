@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,90 +12,31 @@ from polymux.actors.model_runner import SequenceSlice
 from polymux.kernels import reference
 from polymux.kernels.gpu.attend import attend
 from polymux.kernels.gpu.config import Chip
-from polymux.kernels.gpu.plan import StepPlan, StepPlanner, Workspace
+from polymux.kernels.gpu.plan import StepPlan
 from polymux.kernels.gpu.staging import Staging
-from polymux.kernels.paged import CacheShape
+from polymux.kernels.gpu.tiled import TiledAttention
+
+from .attend_steps import LAYER, MIXED, NUM_LAYERS, SIZE, Case, Sizes
+from .attend_steps import Step as AnyStep
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
 DTYPES = [torch.float16] if torch.cuda.is_available() else list(TOLERANCE)  # each combination is compiled on a GPU
-NUM_LAYERS, LAYER, SIZE = 2, 1, 16
-Sizes = Sequence[tuple[int, int]]  # (tokens, tokens before them) of each sequence
-MIXED = ((1, 90), (18, 50), (1, 0), (33, 0), (1, 300), (5, 7))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    sizes: Sizes
-    kv_heads: int = 2
-    group: int = 3
-    head_dim: int = 32
-    window: int | None = None
-    dtype: torch.dtype = torch.float32
-    padding: int = 0
-    num_sms: int = 4
-    batch_invariant: bool = False
-
-
-class Step:
-    """Random queries over caches that lie in shuffled blocks, with NaN wherever no token is."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        num_tokens = sum(tokens for tokens, _ in case.sizes)
-        wanted = [-(-(tokens + context) // SIZE) for tokens, context in case.sizes]
-        ids = iter(random.Random(sum(wanted)).sample(range(2 * sum(wanted) + 1), sum(wanted)))
-        starts = [sum(tokens for tokens, _ in case.sizes[:i]) for i in range(len(case.sizes))]
-        self.spans = tuple(
-            SequenceSlice(start=start, num_tokens=tokens, context_len=context, block_ids=[next(ids) for _ in range(n)])
-            for start, (tokens, context), n in zip(starts, case.sizes, wanted, strict=True)
-        )
-        kv = torch.full((2 * sum(wanted) + 1, NUM_LAYERS, 2, case.kv_heads, SIZE, case.head_dim), torch.nan)
-        for span in self.spans:
-            end = span.context_len + span.num_tokens
-            for i, block in enumerate(span.block_ids):
-                kv[block, :, :, :, : end - i * SIZE] = torch.randn_like(kv[block, :, :, :, : end - i * SIZE])
-        self.kv = kv.to(device, case.dtype)
-        heads = case.kv_heads * case.group
-        fused = torch.randn(num_tokens + case.padding, heads + 2, case.head_dim).to(device, case.dtype)
-        self.q = fused[:, :heads]  # as of a fused projection: rows further apart than they are long
-        self.scale = case.head_dim**-0.5
-
-    def plan(self, staging: Staging | None = None) -> StepPlan:
-        case, shape = self.case, CacheShape.of(self.kv)
-        planner = StepPlanner(
-            shape,
-            case.kv_heads * case.group,
-            self.kv.element_size(),
-            Workspace(self.device, 1 << 20),
-            chip=Chip(num_sms=case.num_sms, shared_bytes=Chip.of(self.device).shared_bytes),
-            batch_invariant=case.batch_invariant,
-        )
-        num_blocks = sum(len(span.block_ids) for span in self.spans)
-        staging = staging or Staging(planner.num_words(self.q.shape[0], num_blocks), self.device)
-        staging.begin()
-        plan = planner.plan(self.spans, [case.window], staging, self.q.shape[0])
-        staging.send()
-        return plan
+class Step(AnyStep):
+    def planned(self, staging: Staging | None = None) -> StepPlan:
+        chip = Chip(num_sms=self.case.num_sms, shared_bytes=Chip.of(self.device).shared_bytes)
+        return self.plan(TiledAttention(self.spec, chip=chip), staging)
 
     def attend(self, plan: StepPlan) -> Tensor:
         out = torch.full_like(self.q, torch.nan, memory_format=torch.contiguous_format)
         attend(self.q, self.kv, LAYER, plan.attention[self.case.window], self.scale, out)
         return out
 
-    def expected(self) -> Tensor:
-        rows = [self.q[span.start : span.start + span.num_tokens] for span in self.spans]
-        # The reference weighs what it masks by zero, so it must not meet the NaN.
-        kv = self.kv.nan_to_num()
-        parts = [
-            reference.attend(q, kv, LAYER, span.block_ids, span.context_len, self.case.window, self.scale)
-            for q, span in zip(rows, self.spans, strict=True)
-        ]
-        return torch.cat((*parts, torch.zeros_like(self.q[: self.case.padding])))
-
 
 def check(case: Case, device: torch.device) -> StepPlan:
     step = Step(case, device)
-    plan = step.plan()
+    plan = step.planned()
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(step.attend(plan), step.expected(), rtol=tolerance, atol=tolerance)
     assert not plan.attention[case.window].workspace.arrived.any(), "a tile's parts are still counted"
@@ -150,13 +87,13 @@ def test_long_contexts_are_cut_into_parts_and_summed_again(device: torch.device)
 
 def test_a_row_that_sees_nothing_and_a_padding_row_are_zero(device: torch.device) -> None:
     step = Step(Case(sizes=[(1, 20)], padding=3), device)
-    out = step.attend(step.plan())
+    out = step.attend(step.planned())
     assert out[0].isfinite().all() and not out[1:].any()
 
 
 def test_a_step_of_padding_alone_is_zero(device: torch.device) -> None:
     step = Step(Case(sizes=[], padding=2), device)
-    assert not step.attend(step.plan()).any()
+    assert not step.attend(step.planned()).any()
 
 
 def test_plans_of_as_many_rows_share_addresses_and_grids_whatever_the_contexts(device: torch.device) -> None:
@@ -164,7 +101,7 @@ def test_plans_of_as_many_rows_share_addresses_and_grids_whatever_the_contexts(d
     seen = set()
     for sizes in ([(1, 5)], [(1, 900), (1, 2), (1, 77)], []):
         step = Step(Case(sizes=sizes, padding=4 - len(sizes)), device)
-        plan = step.plan(staging)
+        plan = step.planned(staging)
         torch.testing.assert_close(step.attend(plan), step.expected())
         attention = plan.attention[None]
         assert attention.decode is not None and attention.prefill is None
@@ -181,7 +118,7 @@ def test_an_invariant_row_has_the_same_bits_alone_in_a_batch_and_in_a_chunk(devi
             SequenceSlice(start=s.start, num_tokens=s.num_tokens, context_len=s.context_len, block_ids=ids)
             for s, ids in zip(step.spans, (range(12), range(12, 24)), strict=False)
         )
-        return step.attend(step.plan())
+        return step.attend(step.planned())
 
     kv = torch.randn(24, NUM_LAYERS, 2, 2, SIZE, 32, device=device)
     q = torch.randn(1, 4, 32, device=device).expand(80, -1, -1)
@@ -201,4 +138,4 @@ def test_blocks_far_into_a_large_arena_are_found(device: torch.device) -> None:
     small, step.kv = kv[last:].clone(), kv
     step.spans = (SequenceSlice(start=0, num_tokens=3, context_len=10, block_ids=[last]),)
     expected = reference.attend(step.q, small, LAYER, [0], 10, None, step.scale)
-    torch.testing.assert_close(step.attend(step.plan()), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(step.attend(step.planned()), expected, rtol=1e-2, atol=1e-2)

@@ -12,8 +12,9 @@ from gpu.attention_cases import Case, Heads, Step, graph_of
 from polymux.kernels import reference
 from polymux.kernels.gpu.attend import attend
 from polymux.kernels.gpu.config import Chip, Tiles
-from polymux.kernels.gpu.plan import StepPlanner, Workspace
+from polymux.kernels.gpu.plan import StepPlanner
 from polymux.kernels.gpu.staging import Staging
+from polymux.kernels.gpu.tiled import TiledAttention
 from polymux.kernels.paged import CacheShape
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +57,7 @@ def test_a_captured_step_serves_other_contexts() -> None:
     heads = Heads(name="", num_heads=8, num_kv_heads=2, head_dim=128)
     step = Step(case=Case(heads=heads, sizes=((1, 3000), (1, 500), (1, 20), (1, 1))))
     device, num_rows = step.device, 8
-    planner = StepPlanner(CacheShape.of(step.kv), heads.num_heads, 2, Workspace(device), chip=Chip.of(device))
+    planner = StepPlanner(CacheShape.of(step.kv), TiledAttention(step.spec))
     staging = Staging(planner.num_words(num_rows, step.kv.shape[0]), device)
     q = torch.zeros(num_rows, *step.q.shape[1:], dtype=step.q.dtype, device=device)
     out = torch.empty_like(q)
@@ -64,7 +65,6 @@ def test_a_captured_step_serves_other_contexts() -> None:
     def planned(count: int):
         staging.begin()
         plan = planner.plan(step.spans[:count], [None], staging, num_rows)
-        staging.send()
         return plan.attention[None]
 
     q[:4] = step.q

@@ -15,7 +15,7 @@ HEADS = Heads(name="small", num_heads=6, num_kv_heads=2, head_dim=32)
 def test_a_benchmarks_step_is_torchs_own_attention(sizes: tuple[tuple[int, int], ...], device: torch.device) -> None:
     step = Step(case=Case(heads=HEADS, sizes=sizes), device=device, dtype=torch.float32)
     step.ours(step.plan())()
-    theirs = sdpa(step)()
+    theirs = sdpa(step).run()
     torch.testing.assert_close(step.out, theirs, rtol=1e-4, atol=1e-4)
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from polymux.actors.model_runner import SequenceSlice
 from polymux.kernels.gpu.config import Chip
-from polymux.kernels.gpu.plan import StepPlanner, Workspace
+from polymux.kernels.gpu.plan import AttendSpec, StepPlanner, Workspace
 from polymux.kernels.gpu.staging import Staging
+from polymux.kernels.gpu.tiled import TiledAttention
 from polymux.kernels.gpu.work import Queries, Split, TileConfig, cut, num_parts
 from polymux.kernels.paged import CacheShape
 
@@ -72,9 +73,18 @@ def test_even_contexts_are_cut_into_even_parts() -> None:
     assert set((items[:, 6] - items[:, 5]).tolist()) == {704, 640}
 
 
-def planner(workspace_bytes: int = 1 << 20, num_heads: int = 8, item_bytes: int = 2) -> StepPlanner:
-    shape, chip = CacheShape(2, 2, 16, 64), Chip(num_sms=16, shared_bytes=227 << 10)
-    return StepPlanner(shape, num_heads, item_bytes, Workspace(CPU, workspace_bytes), chip=chip)
+def planner(workspace_bytes: int = 1 << 20, num_heads: int = 8, dtype: torch.dtype = torch.float16) -> StepPlanner:
+    spec = AttendSpec(
+        shape=CacheShape(2, 2, 16, 64),
+        num_heads=num_heads,
+        dtype=dtype,
+        scale=0.125,
+        windows=(None,),
+        max_blocks=0,
+        device=CPU,
+        workspace=Workspace(CPU, workspace_bytes),
+    )
+    return StepPlanner(spec.shape, TiledAttention(spec, chip=Chip(num_sms=16, shared_bytes=227 << 10)))
 
 
 def test_a_plan_says_where_each_token_stands_and_where_its_kv_goes() -> None:
@@ -85,11 +95,11 @@ def test_a_plan_says_where_each_token_stands_and_where_its_kv_goes() -> None:
     staging = Staging(1000, CPU)
     staging.begin()
     plan = planner().plan(spans, [None, 8], staging, num_rows=6)
-    staging.send()
     assert plan.num_tokens.tolist() == [4] and plan.num_rows == 6 and plan.max_position == 33
     assert plan.positions.tolist() == [15, 16, 17, 33, 0, 0]
     assert plan.slots.tolist() == [7 * 16 + 15, 2 * 16, 2 * 16 + 1, 6 * 16 + 1, 0, 0]
-    assert plan.attention[8].block_ids.tolist() == [9, 4, 6, 7, 2]
+    assert [span.start for span in plan.spans] == [0, 3]
+    assert plan.attention[8].block_ids.tolist() == [7, 2, 9, 4, 6]
     assert plan.attention[8].window == 8 and plan.attention[None].window is None
 
 
@@ -98,21 +108,20 @@ def test_a_plan_says_where_each_token_stands_and_where_its_kv_goes() -> None:
     sizes=st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 300)), st.integers(0, 4000)), max_size=6),
     padding=st.integers(0, 9),
     num_heads=st.sampled_from([2, 8, 142]),
-    item_bytes=st.sampled_from([2, 4]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
 )
 def test_a_step_fits_the_words_that_were_asked_for_and_the_workspace(
-    sizes: list[tuple[int, int]], padding: int, num_heads: int, item_bytes: int
+    sizes: list[tuple[int, int]], padding: int, num_heads: int, dtype: torch.dtype
 ) -> None:
     ends = np.cumsum([0, *(tokens for tokens, _ in sizes)]).tolist()
     spans = [
         SequenceSlice(start=start, num_tokens=tokens, context_len=context, block_ids=range(-(-(tokens + context) // 16)))
         for start, (tokens, context) in zip(ends, sizes, strict=False)
     ]
-    subject, num_rows = planner(1 << 19, num_heads, item_bytes), ends[-1] + padding
+    subject, num_rows = planner(1 << 19, num_heads, dtype), ends[-1] + padding
     staging = Staging(subject.num_words(num_rows, sum(len(s.block_ids) for s in spans), 2), CPU)
     staging.begin()
     plan = subject.plan(spans, [None, 100], staging, num_rows)
-    staging.send()
     for attention in plan.attention.values():
         for launch in (attention.decode, attention.prefill):
             if launch is not None:
