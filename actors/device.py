@@ -7,6 +7,7 @@ always empty, since everything is done when the call returns; what orders work c
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polymux.actors.copier import copy_blocks
+from polymux.actors.parallel.collectives import Collectives, GlooCollectives, Meeting
 from polymux.actors.weights.huge_pages import use_huge_pages
 from polymux.actors.weights.load import HostTarget, Target
 from polymux.transport.bulk_copy import copy_bytes
@@ -88,6 +90,12 @@ class Device(Protocol):
     def mark(self) -> Mark:
         """The end of the queue as it is now."""
 
+    def meeting_place(self, folder: Path) -> bytes:
+        """Where the ranks of an instance, whose rank 0 this is, can meet. `folder` is theirs alone, and on this host."""
+
+    def join(self, meeting: Meeting) -> Collectives:
+        """Meet the other ranks, which compute on devices of this kind. Returns when all have come. Raises RankLost."""
+
     def close(self) -> None:
         """Wait for the queue, and give everything back but the regions, which have their own `close`. May be called twice."""
 
@@ -151,6 +159,12 @@ class CpuDevice:
 
     def mark(self) -> Mark:
         return _Done()
+
+    def meeting_place(self, folder: Path) -> bytes:
+        return str(folder / "rendezvous").encode()
+
+    def join(self, meeting: Meeting) -> Collectives:
+        return GlooCollectives(meeting)
 
     def close(self) -> None:
         return

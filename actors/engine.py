@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from polymux.actors.arena import Arena
 from polymux.actors.device import DEVICES, CpuDevice, Device
 from polymux.actors.drawn import Ask, Drawn, Known, draw_later
 from polymux.actors.kv_blocks import BlockManager, BlockPool, kv_view
-from polymux.actors.model_runner import ForwardBatch, Model, ModelRunner, SequenceSlice
+from polymux.actors.model_runner import ForwardBatch, Model, ModelRunner, SequenceSlice, plan_on
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.parallel.weights import RankDevice, RankLoader
 from polymux.actors.prefix_cache import PrefixCache
@@ -32,9 +32,6 @@ from polymux.transport.errors import ConfigError, ModelNotFound, PolymuxError, R
 from polymux.transport.messages import ModelSpec
 from polymux.transport.region import Region
 from polymux.transport.units import ModelName
-
-if TYPE_CHECKING:
-    from polymux.actors.gpu.model import PlannedModels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +99,7 @@ class Engine:
             batch_invariant=settings.batch_invariant,
             device=self.device.torch_device,
             collectives=ranks.collectives if ranks is not None else None,
-            planned=_planned(self.device, settings),
+            planned=plan_on(self.device, max_num_seqs=settings.max_num_seqs, batch_invariant=settings.batch_invariant),
         )
         self._bound: dict[ModelName, Model] = {}
         self.stalled_s = 0.0  # of the last forward pass: waiting for weights under way
@@ -187,9 +184,13 @@ class Engine:
 
         Where the device is asynchronous nothing was waited for but weights: the next step may take these tokens before they are read.
         """
-        if self.device.graphs is not None and self._ranks is None and batch.logits_rows is None:
-            _, model, before_layer = self._ready()
-            if (drawn := model.decode(batch, asks, before_layer)) is not None:
+        if self.device.graphs is not None and batch.logits_rows is None:
+            active, model, before_layer = self._ready()
+            if self._ranks is None:
+                drawn = model.decode(batch, asks, before_layer)
+            else:
+                drawn = self._ranks.decode(active, batch, partial(model.decode, batch, asks, before_layer))
+            if drawn is not None:
                 return drawn
         return self.draw(self.forward(batch, on_layer), asks)
 
@@ -246,11 +247,3 @@ class Engine:
         self._runner.forget()
         self.device.close()
         self.arena.close()
-
-
-def _planned(device: Device, settings: EngineSettings) -> PlannedModels | None:
-    if device.graphs is None:
-        return None
-    from polymux.actors.gpu.model import PlannedModels
-
-    return PlannedModels(device, device.graphs, max_num_seqs=settings.max_num_seqs, batch_invariant=settings.batch_invariant)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from polymux.transport.errors import ConfigError
 from polymux.transport.messages import WHOLE, Shard
 
 if TYPE_CHECKING:
+    from polymux.actors.device import Device
     from polymux.actors.drawn import Ask, Drawn
     from polymux.actors.gpu.model import PlannedModels
 
@@ -68,6 +69,9 @@ class ForwardBatch:
     carried: Carried | None = None
 
 
+OnLaunch = Callable[[str | None], None]  # told which of the graphs of so many rows a step runs by, or that it runs by none
+
+
 class Model(Protocol):
     """Weights, in place, that steps can be run by."""
 
@@ -79,8 +83,25 @@ class Model(Protocol):
         `before_layer(i)` is called before layer i's weights are read; with num_layers before the last norm's and the head's.
         """
 
-    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: Callable[[int], None] | None = None) -> Drawn | None:
-        """A step of one token of each sequence that draws the next ones itself; None where it does not: draw from `forward`'s logits."""
+    def decode(
+        self,
+        batch: ForwardBatch,
+        asks: Sequence[Ask],
+        before_layer: Callable[[int], None] | None = None,
+        on_launch: OnLaunch | None = None,
+    ) -> Drawn | None:
+        """A step of one token of each sequence that draws the next ones itself; None where it does not: draw from `forward`'s logits.
+
+        `on_launch` is called before anything of the step is handed over.
+        """
+
+
+@runtime_checkable
+class Following(Protocol):
+    """A model whose decode steps another rank draws."""
+
+    def follow(self, slices: Sequence[SequenceSlice], graph: str | None, before_layer: Callable[[int], None] | None = None) -> None:
+        """This rank's part of `decode`; `graph` is what `on_launch` was told."""
 
 
 class ModelRunner:
@@ -157,6 +178,15 @@ class ModelRunner:
         return RankDecoder(config, dtype, self.device, self._collectives, batch_invariant=self.batch_invariant)
 
 
+def plan_on(device: Device, *, max_num_seqs: int, batch_invariant: bool) -> PlannedModels | None:
+    """What a runner plans its steps by on a device; None where that takes them as they come."""
+    if device.graphs is None:
+        return None
+    from polymux.actors.gpu.model import PlannedModels
+
+    return PlannedModels(device, device.graphs, max_num_seqs=max_num_seqs, batch_invariant=batch_invariant)
+
+
 class BoundModel:
     """One model's weights, in place, with the skeleton that computes them."""
 
@@ -181,7 +211,13 @@ class BoundModel:
                 return logits if batch.logits_rows is None else logits[batch.logits_rows]
             return self._skeleton.forward(self._weights, self._cache, self._step(batch), on_layer, before_layer)
 
-    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: Callable[[int], None] | None = None) -> Drawn | None:
+    def decode(
+        self,
+        batch: ForwardBatch,
+        asks: Sequence[Ask],
+        before_layer: Callable[[int], None] | None = None,
+        on_launch: OnLaunch | None = None,
+    ) -> Drawn | None:
         return None
 
     def _step(self, batch: ForwardBatch) -> Step:

@@ -113,7 +113,7 @@ class Worker:
         self._region = self._device.create(settings.arena_bytes)
         self._store = StoreClient(settings.store_address, settings.token, Shard(rank=0, num_ranks=settings.num_ranks))
         self._mailbox: Mailbox[Callable[[], None]] = Mailbox()
-        self._ranks = Ranks(_rank_settings(settings), self._mailbox.wake) if settings.num_ranks > 1 else None
+        self._ranks = Ranks(_rank_settings(settings), self._mailbox.wake, self._device) if settings.num_ranks > 1 else None
         self._engine = Engine(self._region, settings.engine, self._store, device=self._device, ranks=self._ranks)
         device = self._device.torch_device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -435,6 +435,7 @@ def _rank_settings(settings: WorkerSettings) -> RankSettings:
         device=settings.engine.device,
         arena_bytes=settings.arena_bytes,
         weight_reserve_bytes=settings.engine.weight_reserve_bytes,
+        max_num_seqs=settings.engine.max_num_seqs,
         num_threads=settings.num_threads,
         batch_invariant=settings.engine.batch_invariant,
         store_address=settings.store_address,

@@ -25,8 +25,9 @@ class StartRank:
     batch_invariant: bool
     store_address: str
     token: str = field(repr=False)
-    rendezvous: str  # path of a file through which the ranks find each other
-    timeout_s: float  # of every sum and gather
+    meeting_place: bytes  # of the ranks, as rank 0's device has named it
+    timeout_s: float  # of every sum, gather and step
+    max_num_seqs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,16 @@ class StepModel:
     token_ids: PackedIds
     slices: tuple[StepSlice, ...]
     logits_rows: PackedIds | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeModel:
+    """A planned step of one token of each sequence, which every rank does at the same time. The tokens come from rank 0's device."""
+
+    model: ModelName
+    context_lens: PackedIds
+    block_ids: tuple[PackedIds, ...]
+    graph: str | None  # which of the graphs of so many rows it runs by, so that all ranks capture and replay the same; None: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,7 @@ _TAGS: dict[int, type] = {
     105: rank_messages.StepSlice,
     106: rank_messages.StepModel,
     107: rank_messages.RankFailed,
+    108: rank_messages.DecodeModel,
 }
 _TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
 

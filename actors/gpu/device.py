@@ -11,6 +11,7 @@ computed with once the host has seen its end, but for weights: there the compute
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from polymux.actors.gpu.graphs import CudaGraphs, Graphs
 from polymux.actors.gpu.pinned import PinnedMaps
 from polymux.actors.gpu.runtime import Event, Runtime, Stream, TorchRuntime
 from polymux.actors.gpu.target import ImageTarget
+from polymux.actors.parallel.collectives import Collectives, Meeting
+from polymux.actors.parallel.nccl_collectives import join_by_nccl
 from polymux.transport.cuda.region import DeviceRegion as MigratingRegion
+from polymux.transport.nccl.api import Nccl
 from polymux.transport.region import Region
 from polymux.transport.units import MIB
 
@@ -161,6 +165,12 @@ class CudaDevice:
 
     def mark(self) -> _Mark:
         return _Mark(self._runtime.compute.record())
+
+    def meeting_place(self, folder: Path) -> bytes:
+        return Nccl.load().unique_id()
+
+    def join(self, meeting: Meeting) -> Collectives:
+        return join_by_nccl(meeting, self.torch_device)
 
     def close(self) -> None:
         if not self._is_closed:

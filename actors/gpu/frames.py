@@ -32,8 +32,10 @@ def padded_rows(num_rows: int) -> int:
 class Frame:
     """Of one architecture shape and dtype; models that are alike share it, since steps are one after another."""
 
-    def __init__(self, config: ArchConfig, shape: CacheShape, dtype: torch.dtype, shared: FrameSettings, device: torch.device) -> None:
-        """Raises ConfigError where the attention that was asked for cannot serve such a model."""
+    def __init__(
+        self, config: ArchConfig, vocab_size: int, shape: CacheShape, dtype: torch.dtype, shared: FrameSettings, device: torch.device
+    ) -> None:
+        """`vocab_size`: of the logits; `config` may be a rank's share. Raises ConfigError where the attention asked for cannot serve it."""
         self.num_rows = padded_rows(shared.max_num_seqs)
         self.windows = tuple(dict.fromkeys(config.windows))
         self.block_size = shape.block_size
@@ -56,7 +58,7 @@ class Frame:
         self._device = device
         self.feed = torch.zeros(2 * self.num_rows, dtype=torch.int64, device=device)  # drawn by the last step; then, known to the host
         self.results = torch.zeros(2 * self.num_rows, dtype=torch.int64, device=device)  # tokens, then whether their logits were finite
-        self.logits = torch.zeros(self.num_rows, config.vocab_size, dtype=torch.float32, device=device)
+        self.logits = torch.zeros(self.num_rows, vocab_size, dtype=torch.float32, device=device)
 
     def prefill(self, num_rows: int, spans: Sequence[Span]) -> Staging:
         """Room for a step that no graph reads: it may be another buffer each time."""

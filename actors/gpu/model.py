@@ -17,7 +17,7 @@ from polymux.actors.device import Device
 from polymux.actors.drawn import Ask, Drawn, Later, draw_later
 from polymux.actors.gpu.frames import Frame, FrameSettings, padded_rows
 from polymux.actors.gpu.graphs import Graphs
-from polymux.actors.model_runner import ForwardBatch
+from polymux.actors.model_runner import ForwardBatch, OnLaunch, SequenceSlice
 from polymux.actors.models.decoder import Decoder, ModelWeights, PlannedStep
 from polymux.kernels.choice import choices, implementation
 from polymux.kernels.gpu.plan import Workspace
@@ -47,7 +47,8 @@ class PlannedModels:
         """`key` names the weights and where they and the cache are: equal keys, equal bytes at equal addresses."""
         frame = self._frames.get(skeleton)
         if frame is None:
-            frame = Frame(skeleton.config, cache.shape, cache.kv.dtype, self._settings, self._device.torch_device)
+            dtype, device = cache.kv.dtype, self._device.torch_device
+            frame = Frame(skeleton.config, skeleton.vocab_size, cache.shape, dtype, self._settings, device)
             self._frames[skeleton] = frame
         return PlannedModel(skeleton, weights, cache, self._device, self._graphs, frame, key)
 
@@ -80,23 +81,36 @@ class PlannedModel:
         step = PlannedStep(token_ids.long(), plan, None if rows is None else rows.long())
         return self._skeleton.forward(self._weights, self._cache, step, on_layer, before_layer)
 
-    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: OnLayer = None) -> Drawn:
+    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: OnLayer = None, on_launch: OnLaunch | None = None) -> Drawn:
         """A step of one token of each sequence, and the next one drawn. While weights are on their way nothing is captured."""
         is_plain = not any(ask.edits_logits or ask.num_logprobs is not None for ask in asks)
         with torch.inference_mode():
-            num_rows, work, variant = self._stage(batch, asks, before_layer, draws_inside=is_plain)
-            if before_layer is None:
-                self._graphs.run((self._key, num_rows, variant), work)
-            else:
-                work()
+            num_rows, work, graph = self._stage(batch, asks, before_layer, draws_inside=is_plain)
+            self._launch(num_rows, work, graph if before_layer is None else None, on_launch)
             if is_plain:
                 results = self._frame.results[: 2 * num_rows].view(2, num_rows)
                 return Later(self._frame.feed[:num_rows], asks, self._device.download(results))
             return draw_later(self._frame.logits[: len(asks)], asks, self._device)
 
+    def follow(self, slices: Sequence[SequenceSlice], graph: str | None, before_layer: OnLayer = None) -> None:
+        """As `decode`, for a rank that draws nothing: the tokens come from rank 0 in the middle of the step, the logits go there."""
+        frame, num_rows = self._frame, padded_rows(len(slices))
+        with torch.inference_mode():
+            frame.decode.begin()
+            plan = frame.planner.plan(slices, frame.windows, frame.decode, num_rows)
+            self._launch(num_rows, partial(self._compute_share, PlannedStep(frame.feed[:num_rows], plan, None), before_layer), graph)
+
+    def _launch(self, num_rows: int, work: Callable[[], None], graph: str | None, on_launch: OnLaunch | None = None) -> None:
+        if on_launch is not None:
+            on_launch(graph)
+        if graph is not None:
+            self._graphs.run((self._key, num_rows, graph), work)
+        else:
+            work()
+
     def _stage(
         self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: OnLayer, *, draws_inside: bool
-    ) -> tuple[int, Callable[[], None], Hashable]:
+    ) -> tuple[int, Callable[[], None], str]:
         """Send a step's inputs to where its graph finds them. The padded rows, the work, and what else tells one graph from another."""
         frame, slices = self._frame, batch.slices
         num_rows = padded_rows(len(slices))
@@ -118,7 +132,8 @@ class PlannedModel:
         plan = frame.planner.plan(slices, frame.windows, frame.decode, num_rows)
         picks = Picks.of(staged_picks, draws=draws, filters=filters) if draws_inside else None
         work = partial(self._compute, token_ids, sources, PlannedStep(token_ids, plan, None), picks, before_layer)
-        return num_rows, work, (draws, filters) if draws_inside else "logits"
+        kind = f"{'draw' if draws else 'greedy'}{' filtered' if filters else ''}"
+        return num_rows, work, kind if draws_inside else "logits"
 
     def _carry(self, ids: Tensor) -> None:
         """Tokens that were drawn beside a graph go to where graphs look for them."""
@@ -128,8 +143,8 @@ class PlannedModel:
     def _compute(self, token_ids: Tensor, sources: Tensor, step: PlannedStep, picks: Picks | None, before_layer: OnLayer) -> None:
         frame, num_rows = self._frame, len(token_ids)
         frame.feed[frame.num_rows : frame.num_rows + num_rows].copy_(token_ids)
-        step = PlannedStep(frame.feed.index_select(0, sources), step.plan, None)
-        logits = self._skeleton.forward(self._weights, self._cache, step, None, before_layer)
+        fed = self._skeleton.agreed(frame.feed.index_select(0, sources))
+        logits = self._skeleton.forward(self._weights, self._cache, PlannedStep(fed, step.plan, None), None, before_layer)
         if picks is None:
             frame.logits[:num_rows].copy_(logits)
             return
@@ -137,6 +152,10 @@ class PlannedModel:
         frame.feed[:num_rows].copy_(ids)
         frame.results[:num_rows].copy_(ids)
         frame.results[num_rows : 2 * num_rows].copy_(is_finite)
+
+    def _compute_share(self, step: PlannedStep, before_layer: OnLayer) -> None:
+        fed = self._skeleton.agreed(step.token_ids)
+        self._skeleton.forward(self._weights, self._cache, PlannedStep(fed, step.plan, None), None, before_layer)
 
 
 def _wanted_rows(batch: ForwardBatch) -> np.ndarray[tuple[int], np.dtype[np.int64]] | list[int] | None:

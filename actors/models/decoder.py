@@ -82,6 +82,7 @@ class Decoder:
 
     def __init__(self, config: ArchConfig, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool) -> None:
         self.config = config
+        self.vocab_size = config.vocab_size  # of the logits
         self.batch_invariant = batch_invariant
         self._dtype = dtype
         self._rotary = RotaryTable(config, dtype, device)
@@ -121,7 +122,7 @@ class Decoder:
         if step.logits_rows is not None:
             x = x[step.logits_rows]
         if not x.shape[0]:
-            return torch.empty(0, config.vocab_size, device=x.device)
+            return torch.empty(0, self.vocab_size, device=x.device)
         (logits,) = self._by_rows(self._predict, weights, x)
         return logits.float()
 
@@ -166,6 +167,10 @@ class Decoder:
         if on_layer is not None:
             on_layer(i)
         ops.attend_planned(q, cache, i, step.plan.attention[self.config.windows[i]], self._scale, out)
+
+    def agreed(self, token_ids: Tensor) -> Tensor:
+        """What a step is fed, where several compute it together: rank 0's."""
+        return token_ids
 
     def _embed(self, table: Tensor, token_ids: Tensor) -> Tensor:
         return ops.embed(table, token_ids, self.config.hidden_size)

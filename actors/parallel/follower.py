@@ -12,25 +12,28 @@ import select
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
 from polymux.actors.device import Device, open_device
 from polymux.actors.kv_blocks import kv_view
-from polymux.actors.model_runner import ForwardBatch, Model, ModelRunner, SequenceSlice
+from polymux.actors.model_runner import Following, ForwardBatch, Model, ModelRunner, SequenceSlice, plan_on
 from polymux.actors.parallel.channel import RankChannel
-from polymux.actors.parallel.collectives import GlooCollectives
+from polymux.actors.parallel.collectives import Meeting
 from polymux.actors.store_client import StoreClient
 from polymux.actors.weights.load import Load
 from polymux.actors.weights.loader import Loader
 from polymux.actors.weights.residency import FIRST_GROUPS
-from polymux.transport.errors import PeerLost, PolymuxError, WireError
+from polymux.transport.errors import PeerLost, PolymuxError, RankLost, WireError
 from polymux.transport.handshake import report
 from polymux.transport.messages import ModelSpec
 from polymux.transport.rank_messages import (
     AskDone,
+    DecodeModel,
     Done,
     DropImage,
     HurryImage,
@@ -76,9 +79,23 @@ class Follower:
         channel.send(RankStarted(pid=os.getpid()))
         if self._region.fd is not None:
             channel.send_fd(self._region.fd)
-        shard = start.shard
-        ranks = GlooCollectives(start.rendezvous, shard.rank, shard.num_ranks, start.timeout_s, in_order=start.batch_invariant)
-        self._runner = ModelRunner(batch_invariant=start.batch_invariant, device=self._device.torch_device, collectives=ranks)
+        shard, is_invariant = start.shard, start.batch_invariant
+        self._ranks = self._device.join(
+            Meeting(
+                place=start.meeting_place,
+                rank=shard.rank,
+                num_ranks=shard.num_ranks,
+                timeout_s=start.timeout_s,
+                in_order=is_invariant,
+                on_lost=lambda reason: fail(channel, RankLost(reason)),
+            )
+        )
+        self._runner = ModelRunner(
+            batch_invariant=is_invariant,
+            device=self._device.torch_device,
+            collectives=self._ranks,
+            planned=plan_on(self._device, max_num_seqs=start.max_num_seqs, batch_invariant=is_invariant),
+        )
 
     def serve(self) -> None:
         while True:
@@ -92,6 +109,8 @@ class Follower:
         match command:
             case StepModel():
                 self._step(command)
+            case DecodeModel():
+                self._decode(command)
             case LoadImage():
                 self._load(command)
             case HurryImage():
@@ -101,6 +120,7 @@ class Follower:
             case DropImage():
                 self._residents.pop(command.model).load.cancel()
             case AskDone():
+                self._device.mark().wait()
                 self._channel.send(Done(number=command.number))
             case _:
                 raise WireError(f"rank 0 must not send {type(command).__name__}")
@@ -130,18 +150,43 @@ class Follower:
 
     def _step(self, command: StepModel) -> None:
         resident = self._residents[command.model]
-        load = resident.load
+        self._bound(resident).forward(batch_of(command), None, _before_layer(resident.load))
+        self._ranks.end_step()
+
+    def _decode(self, command: DecodeModel) -> None:
+        resident = self._residents[command.model]
+        if command.graph is not None:
+            _await(resident.load, None)  # rank 0's are there; a graph waits for nothing in its middle
+        bound = self._bound(resident)
+        assert isinstance(bound, Following), "this device plans no steps"
+        bound.follow(slices_of(command), command.graph, _before_layer(resident.load))
+        self._ranks.end_step()
+
+    def _bound(self, resident: _Resident) -> Model:
         if resident.bound is None:
-            load.wait(FIRST_GROUPS)
+            _await(resident.load, FIRST_GROUPS)
             weights = self._memory[resident.offset : resident.offset + resident.spec.weight_bytes]
-            resident.bound = self._runner.bind(load.manifest, weights, kv_view(self._memory, resident.spec.kv))
-        num_groups = len(load.manifest.groups)
+            resident.bound = self._runner.bind(resident.load.manifest, weights, kv_view(self._memory, resident.spec.kv))
+        return resident.bound
 
-        def await_layer(layer: int) -> None:
-            wanted = layer + FIRST_GROUPS
-            load.wait(wanted if wanted < num_groups else None)
 
-        resident.bound.forward(batch_of(command), None, None if load.is_finished else await_layer)
+def _await(load: Load, num_groups: int | None) -> None:
+    """What is computed from now on finds the first groups of an image, or all, in place."""
+    load.wait(num_groups)
+    load.order(num_groups)
+
+
+def _before_layer(load: Load) -> Callable[[int], None] | None:
+    """What to call before each layer while some are on their way."""
+    if load.is_finished:
+        return None
+
+    def await_layer(layer: int) -> None:
+        wanted = layer + FIRST_GROUPS
+        is_all = wanted >= len(load.manifest.groups)
+        _await(load, None if is_all and not load.is_async else wanted)
+
+    return await_layer
 
 
 def batch_of(command: StepModel) -> ForwardBatch:
@@ -156,6 +201,14 @@ def batch_of(command: StepModel) -> ForwardBatch:
     return ForwardBatch(token_ids=token_ids, slices=tuple(slices), logits_rows=rows)
 
 
+def slices_of(command: DecodeModel) -> tuple[SequenceSlice, ...]:
+    """Undo `leader.decode_of`."""
+    pairs = zip(unpack_ids(command.context_lens), command.block_ids, strict=True)
+    return tuple(
+        SequenceSlice(start=row, num_tokens=1, context_len=length, block_ids=unpack_ids(ids)) for row, (length, ids) in enumerate(pairs)
+    )
+
+
 def end_with(channel: RankChannel) -> None:
     """End this process when the other side of the channel is gone, whatever it is doing."""
     poll = select.poll()
@@ -164,7 +217,16 @@ def end_with(channel: RankChannel) -> None:
     os._exit(0)
 
 
-def main() -> None:
+def fail(channel: RankChannel, error: Exception) -> NoReturn:
+    """Say why, and end this process, from whichever thread."""
+    known = error if isinstance(error, PolymuxError) else PolymuxError(f"{type(error).__name__}: {error}")
+    with suppress(PolymuxError):  # rank 0 may be gone itself
+        channel.send(RankFailed(error=report(known)))
+    os._exit(1)
+
+
+def main(device: Device | None = None) -> None:
+    """`device`: in place of the one that rank 0 names."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     channel = RankChannel(socket.socket(fileno=int(sys.argv[1])), SEND_S)
     start = channel.receive(HELLO_S)
@@ -173,13 +235,10 @@ def main() -> None:
     threading.Thread(target=end_with, args=(channel,), name="polymux-watch", daemon=True).start()
     torch.set_num_threads(start.num_threads)
     try:
-        Follower(channel, start).serve()
+        Follower(channel, start, device).serve()
     except Exception as error:
         log.exception("rank.failed worker=%s rank=%d", start.worker_id, start.shard.rank)
-        known = error if isinstance(error, PolymuxError) else PolymuxError(f"{type(error).__name__}: {error}")
-        with suppress(PolymuxError):  # rank 0 may be gone itself
-            channel.send(RankFailed(error=report(known)))
-        os._exit(1)
+        fail(channel, error)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -24,14 +24,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from polymux.actors.model_runner import ForwardBatch
+from polymux.actors.device import CpuDevice, Device
+from polymux.actors.model_runner import ForwardBatch, OnLaunch
 from polymux.actors.parallel.channel import RankChannel
-from polymux.actors.parallel.collectives import Collectives, GlooCollectives
+from polymux.actors.parallel.collectives import Collectives, Meeting
 from polymux.transport.errors import ConfigError, ModelLoading, PolymuxError, RankLost
 from polymux.transport.handshake import from_report
 from polymux.transport.messages import ModelSpec, Shard
 from polymux.transport.rank_messages import (
     AskDone,
+    DecodeModel,
     Done,
     DropImage,
     HurryImage,
@@ -67,6 +69,7 @@ class RankSettings:
     device: str = "cpu"  # or "cuda": of each the GPU at its place in this process's list
     arena_bytes: int  # of each
     weight_reserve_bytes: int
+    max_num_seqs: int = 64
     num_threads: int  # of each
     batch_invariant: bool
     store_address: str
@@ -88,21 +91,33 @@ class _Rank:
 class Ranks:
     """The other ranks. The engine thread calls everything but what says otherwise; once one is lost everything raises RankLost."""
 
-    def __init__(self, settings: RankSettings, on_lost: Callable[[], None] = lambda: None) -> None:
-        """Start them, and return when all can step. `on_lost` is called from any thread, once. Raises RankLost, and leaves none running."""
+    def __init__(
+        self,
+        settings: RankSettings,
+        on_lost: Callable[[], None] = lambda: None,
+        device: Device | None = None,
+        program: Sequence[str] = ("-m", "polymux.actors.parallel.follower"),
+    ) -> None:
+        """Start them, and return when all can step. `on_lost` is called from any thread, once. Raises RankLost, and leaves none running.
+
+        `device`: of this rank; without one, a CPU. `program`: what Python runs for each of the others.
+        """
         self.settings = settings
         self.lost: RankLost | None = None
         self.regions: tuple[Region, ...] = ()  # of ranks 1 and up
         self._on_lost = on_lost
+        self._device: Device = device or CpuDevice()
+        self._program = tuple(program)
         self._numbers = count(1)
         self._changed = threading.Condition()
         self._fencing = threading.Lock()
         self._is_closing = False
         self._ranks: list[_Rank] = []
+        self._collectives: Collectives | None = None
         self._readers: list[threading.Thread] = []
         self._folder = tempfile.TemporaryDirectory(prefix="polymux-ranks-")  # the ranks meet there, some pairs at their first need
         try:
-            self.collectives: Collectives = self._start(str(Path(self._folder.name) / "rendezvous"))
+            self._start()
         except BaseException as error:
             self.close()
             raise RankLost(f"the ranks of worker {settings.worker_id} did not come up: {error}") from error
@@ -117,6 +132,11 @@ class Ranks:
         return tuple(torch.frombuffer(region.buffer, dtype=torch.uint8) for region in self.regions)
 
     @property
+    def collectives(self) -> Collectives:
+        assert self._collectives is not None
+        return self._collectives
+
+    @property
     def pids(self) -> tuple[int, ...]:
         return tuple(rank.process.pid for rank in self._ranks)
 
@@ -125,8 +145,17 @@ class Ranks:
     def step(self, model: ModelName, batch: ForwardBatch, compute: Callable[[], T]) -> T:
         """`compute` this rank's part of one forward pass while the others do theirs. Whatever it raises fences the instance."""
         self.tell(step_of(model, batch))
+        return self._compute(compute)
+
+    def decode(self, model: ModelName, batch: ForwardBatch, compute: Callable[[OnLaunch], T]) -> T:
+        """As `step`, for a planned one that draws tokens; `compute` says which graph it runs by before it hands anything over."""
+        return self._compute(lambda: compute(lambda graph: self.tell(decode_of(model, batch, graph))))
+
+    def _compute(self, compute: Callable[[], T]) -> T:
         try:
-            return compute()
+            found = compute()
+            self.collectives.end_step()
+            return found
         except BaseException as error:
             raise self.fence(str(error)) from error
 
@@ -207,7 +236,15 @@ class Ranks:
         with self._changed:
             self._changed.notify_all()
         self._on_lost()
+        if self._collectives is not None:
+            self._collectives.abandon(reason)
         return self.lost
+
+    def check(self) -> None:
+        """Raise RankLost if one is: what was read of the device before this call is good otherwise."""
+        if self.lost is not None:
+            raise self.lost
+        self.collectives.check()
 
     def _raise_if_lost(self) -> None:
         if self.lost is not None:
@@ -229,6 +266,8 @@ class Ranks:
             reader.join(EXIT_S)
         for rank in self._ranks:
             rank.channel.close()
+        if self._collectives is not None:
+            self._collectives.close()
         for region in self.regions:
             region.close()
         self._ranks, self._readers, self.regions = [], [], ()
@@ -236,11 +275,12 @@ class Ranks:
 
     # -- their processes ----------------------------------------------------------------------------------------------
 
-    def _start(self, rendezvous: str) -> Collectives:
-        settings = self.settings
+    def _start(self) -> None:
+        settings, place = self.settings, self._device.meeting_place(Path(self._folder.name))
         gpus = gpus_of_ranks(os.environ.get(GPUS_VARIABLE), settings.num_ranks) if settings.device == "cuda" else None
         for number in range(1, settings.num_ranks):
-            self._ranks.append(_spawn(number, settings.timeout_s, {GPUS_VARIABLE: gpus[number]} if gpus is not None else {}))
+            environment = {GPUS_VARIABLE: gpus[number]} if gpus is not None else {}
+            self._ranks.append(_spawn(number, settings.timeout_s, self._program, environment))
         for rank in self._ranks:
             rank.channel.send(
                 StartRank(
@@ -253,13 +293,23 @@ class Ranks:
                     batch_invariant=settings.batch_invariant,
                     store_address=settings.store_address,
                     token=settings.token,
-                    rendezvous=rendezvous,
+                    meeting_place=place,
                     timeout_s=settings.timeout_s,
+                    max_num_seqs=settings.max_num_seqs,
                 )
             )
         regions = [self._adopt(rank) for rank in self._ranks]
         self.regions = tuple(region for region in regions if region is not None)
-        return GlooCollectives(rendezvous, 0, settings.num_ranks, settings.timeout_s, in_order=settings.batch_invariant)
+        self._collectives = self._device.join(
+            Meeting(
+                place=place,
+                rank=0,
+                num_ranks=settings.num_ranks,
+                timeout_s=settings.timeout_s,
+                in_order=settings.batch_invariant,
+                on_lost=self.fence,
+            )
+        )
 
     def _adopt(self, rank: _Rank) -> Region | None:
         """A rank's arena, once it has said that it has one; None where only its own process reaches that."""
@@ -303,16 +353,17 @@ def gpus_of_ranks(visible: str | None, num_ranks: int) -> tuple[str, ...]:
     gpus = [gpu.strip() for gpu in visible.split(",")] if visible else [str(number) for number in range(num_ranks)]
     if len(gpus) < num_ranks:
         raise ConfigError(
-            f"tensor_parallel={num_ranks} takes a GPU for each rank, and {GPUS_VARIABLE}={visible} names {len(gpus)}; leave num_gpus at auto"
+            f"tensor_parallel={num_ranks} takes a GPU for each rank, and {GPUS_VARIABLE}={visible} names {len(gpus)}; "
+            "leave num_gpus at auto"
         )
     return tuple(gpus[:num_ranks])
 
 
-def _spawn(number: int, send_s: float, environment: Mapping[str, str]) -> _Rank:
+def _spawn(number: int, send_s: float, program: Sequence[str], environment: Mapping[str, str]) -> _Rank:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "polymux.actors.parallel.follower", str(theirs.fileno())],
+            [sys.executable, *program, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment},
             stdin=subprocess.DEVNULL,
@@ -328,3 +379,9 @@ def step_of(model: ModelName, batch: ForwardBatch) -> StepModel:
     )
     rows = None if batch.logits_rows is None else pack_ids(batch.logits_rows.tolist())
     return StepModel(model=model, token_ids=pack_ids(batch.token_ids.tolist()), slices=slices, logits_rows=rows)
+
+
+def decode_of(model: ModelName, batch: ForwardBatch, graph: str | None) -> DecodeModel:
+    """A planned decode step as it travels."""
+    tables = tuple(pack_ids(one.block_ids) for one in batch.slices)
+    return DecodeModel(model=model, context_lens=pack_ids([one.context_len for one in batch.slices]), block_ids=tables, graph=graph)

@@ -1,7 +1,7 @@
 """The decoder of one rank: the same pass over its share of heads, inner rows and vocabulary, joined with the other ranks' by collectives.
 
 Column-parallel products (q, k, v, gate, up) need no others: each rank makes its own part of the output. After the row-parallel ones (the
-attention's output, down) the ranks' sums are added up; rank 0's carries the residual and the bias. The embedding is looked up by the rank
+attention's output, down) the ranks' products are added up, of which rank 0's carries the bias. The embedding is looked up by the rank
 that has the row, and the head's logits are gathered to rank 0, where sampling is.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polymux.actors.models.config import ArchConfig
-from polymux.actors.models.decoder import Decoder, ModelWeights, PlannedStep, Step
+from polymux.actors.models.decoder import Decoder, LayerWeights, ModelWeights, PlannedStep, Step
 from polymux.actors.parallel.collectives import Collectives
 from polymux.actors.parallel.shards import rank_config
 from polymux.kernels import ops
@@ -28,7 +28,7 @@ class RankDecoder(Decoder):
     ) -> None:
         super().__init__(rank_config(config, collectives.num_ranks), dtype, device, batch_invariant=batch_invariant)
         self._collectives = collectives
-        self._vocab_size = config.vocab_size
+        self.vocab_size = config.vocab_size
         self._first_row = collectives.rank * self.config.vocab_size  # of the vocabulary, here
         self._on_layer: Callable[[int], None] | None = None
         self._written: int | None = None  # the layer whose K and V are written here, and perhaps not yet on the other ranks
@@ -62,12 +62,19 @@ class RankDecoder(Decoder):
         x = super()._embed(table, torch.where(is_here, rows, 0))
         return self._collectives.all_reduce(x.contiguous().masked_fill_(~is_here[:, None], 0))
 
-    def _linear_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    def agreed(self, token_ids: Tensor) -> Tensor:
+        return self._collectives.broadcast(token_ids)
+
+    def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+        """The sums are of the ranks' products alone, and so rounded at their own size; each rank adds them to its residual."""
+        delta = self._sum_of_products(attended.flatten(1), layer.output, layer.output_bias)
+        hidden = ops.add_rms_norm(x, delta, layer.post_norm, self.config.rms_norm_eps)
+        hidden = ops.gated_linear(hidden, layer.gate, layer.gate_bias, layer.up, layer.up_bias, by_row=self.batch_invariant)
+        return (x.add_(self._sum_of_products(hidden, layer.down, layer.down_bias)),)
+
+    def _sum_of_products(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Row-parallel. No rank has another's sum before that one has written this layer's K and V."""
-        if self._collectives.rank == 0:
-            part = super()._linear_add(x, weight, bias, residual)
-        else:
-            part = ops.linear(x, weight, by_row=self.batch_invariant)
+        part = ops.linear(x, weight, bias if self._collectives.rank == 0 else None, by_row=self.batch_invariant)
         total = self._collectives.all_reduce(part)
         if self._written is not None and self._on_layer is not None:
             layer, self._written = self._written, None
@@ -78,4 +85,4 @@ class RankDecoder(Decoder):
         """Vocabulary-parallel: all of the logits on rank 0, none elsewhere."""
         (mine,) = super()._predict(weights, x)
         parts = self._collectives.gather(mine)
-        return (torch.cat(parts, dim=1)[:, : self._vocab_size] if parts else mine,)
+        return (torch.cat(parts, dim=1)[:, : self.vocab_size] if parts else mine[:, :0],)

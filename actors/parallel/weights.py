@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polymux.actors.device import Device, Download, Mark
+from polymux.actors.parallel.collectives import Collectives, Meeting
 from polymux.actors.parallel.host_blocks import shares
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.weights.load import Fetch, Load, Target
@@ -36,6 +38,18 @@ class RankTarget:
         self.is_async = inner.is_async
         self.put, self.read, self.content = inner.put, inner.read, inner.content
         self.order, self.settle = inner.order, inner.settle
+
+
+class _Checked:
+    """Values that count if no rank was lost meanwhile: a device is then let go with anything in hand."""
+
+    def __init__(self, inner: Download, ranks: Ranks) -> None:
+        self._inner, self._ranks = inner, ranks
+
+    def wait(self) -> tuple[Tensor, ...]:
+        values = self._inner.wait()
+        self._ranks.check()
+        return values
 
 
 class RankDevice:
@@ -96,10 +110,16 @@ class RankDevice:
         return self._inner.upload(values)
 
     def download(self, *values: Tensor) -> Download:
-        return self._inner.download(*values)
+        return _Checked(self._inner.download(*values), self._ranks)
 
     def mark(self) -> Mark:
         return self._inner.mark()
+
+    def meeting_place(self, folder: Path) -> bytes:
+        return self._inner.meeting_place(folder)
+
+    def join(self, meeting: Meeting) -> Collectives:
+        return self._inner.join(meeting)
 
     def close(self) -> None:
         self._inner.close()

@@ -6,7 +6,7 @@ Kernels are plain torch but where a replay is real: attention then is the GPU's,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
@@ -15,6 +15,7 @@ import pytest
 import torch
 from late_device import LateDevice
 from planned_batches import KINDS, NAMES, Batch, Store, engine_on, tokens_of
+from planning_device import PlanningDevice
 from torch import Tensor
 
 from polymux.actors.drawn import Ask
@@ -25,36 +26,6 @@ from polymux.kernels.libraries import why_not
 from polymux.transport.errors import ConfigError
 
 from ..kernels.gpu.libraries import stand_in
-
-
-class Replaying:
-    """Runs the work that it was given second for all later calls with its key: the addresses of a captured graph, without a GPU.
-
-    Not where it `captures` nothing: attention in plain torch reads its block tables from the host.
-    """
-
-    def __init__(self, *, captures: bool) -> None:
-        self._captures = captures
-        self.captured: dict[Hashable, Callable[[], None] | None] = {}
-        self.num_replayed = 0
-
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        if key not in self.captured:
-            self.captured[key] = None
-        elif self.captured[key] is None:
-            self.captured[key] = work
-        else:
-            self.num_replayed += 1
-        ((self.captured[key] if self._captures else None) or work)()
-
-    def clear(self) -> None:
-        self.captured.clear()
-
-
-class PlanningDevice(LateDevice):
-    def __init__(self, *, captures: bool = False) -> None:
-        super().__init__()
-        self.graphs = Replaying(captures=captures)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,15 @@
 /* A GPU's runtime and NCCL in host memory, with the names that the real libraries export: for tests on machines without one.
  *
  * A device is the process's view of shared memory: `cudaMalloc` makes a memfd, which another process maps through /proc/<pid>/fd/<n>, and
- * interprocess events are counters in such a page. A stream is a thread that works off a list. A communicator is a socket between its two
- * ranks, joined by a thread of its own; sends and receives are work on a stream.
+ * interprocess events are counters in such a page. A stream is a thread that works off a list. A communicator is a socket from each rank to
+ * rank 0, joined by a thread of its own, or by the caller's where it blocks; sends, receives, sums and the like are work on a stream. Sums are
+ * taken as in a ring: where in the tensor a number stands says whose part comes first.
  *
  * What it can be made to do, by `stand_in_set(name, value)` or by an environment variable STAND_IN_<NAME> when the library loads:
  *   init_hangs, abort_hangs (1)    that call never ends
- *   hang_after (n)                 of this process's sends and receives those after the n-th never end
+ *   hang_after (n)                 of this process's operations those after the n-th never end
  *   fail_after (n)                 after the n-th the communicator reports an asynchronous error
- *   late_us (t)                    every send and receive takes t microseconds more
+ *   late_us (t)                    every operation takes t microseconds more
  *   damage_after (n)               the n-th send changes one byte on its way
  *   peer_hangs (1)                 a peer that is gone is a hang, as over NVLink; 0: a remote error, as over sockets
  *   work_us (t)                    what `stand_in_work` enqueues takes so long
@@ -382,18 +383,23 @@ typedef struct {
     int blocking;
 } config;
 
+enum { MAX_RANKS = 16, INT64 = 4, FLOAT32 = 7, BFLOAT16 = 9 };
+
 typedef struct comm {
-    int rank;
+    int rank, num_ranks, is_blocking;
     char name[108];
-    int sock, is_connected;
+    int socks[MAX_RANKS]; /* rank 0 has one to each other rank, these have one to rank 0 */
+    int is_connected;
     atomic_int state, is_aborted, num_users;
 } comm;
 
-typedef struct {
+typedef struct operation {
     comm *of;
-    void *address;
+    void (*run)(struct operation *);
+    char *address; /* of what comes or goes; of a gather: of this rank's part */
+    char *target;
     size_t nbytes;
-    int is_send;
+    int peer, type, is_send;
     long number;
 } operation;
 
@@ -425,7 +431,7 @@ int ncclGetUniqueId(unique_id *id) {
     int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     socklen_t length;
     struct sockaddr_un address = address_of(id->internal, &length);
-    if (bind(sock, (struct sockaddr *)&address, length) || listen(sock, 2)) return NCCL_SYSTEM;
+    if (bind(sock, (struct sockaddr *)&address, length) || listen(sock, MAX_RANKS)) return NCCL_SYSTEM;
     pthread_mutex_lock(&books);
     snprintf(roots[num_roots].name, sizeof roots[num_roots].name, "%.100s", id->internal);
     roots[num_roots++].sock = sock;
@@ -448,33 +454,49 @@ static int take_root(const char *name) {
 
 static void let_go(comm *of) {
     if (atomic_fetch_sub(&of->num_users, 1) == 1) {
-        if (of->sock >= 0) close(of->sock);
+        for (int i = 0; i < MAX_RANKS; i++)
+            if (of->socks[i] >= 0) close(of->socks[i]);
         free(of);
     }
+}
+
+static int has_all(comm *of) {
+    if (of->rank) return of->socks[0] >= 0;
+    for (int i = 1; i < of->num_ranks; i++)
+        if (of->socks[i] < 0) return 0;
+    return 1;
+}
+
+static void admit(comm *of, int root) { /* a rank says which it is */
+    struct pollfd ready = {.fd = root, .events = POLLIN};
+    if (poll(&ready, 1, 1) != 1) return;
+    int sock = accept4(root, NULL, NULL, SOCK_CLOEXEC);
+    unsigned char rank;
+    if (recv(sock, &rank, 1, 0) == 1 && rank > 0 && rank < of->num_ranks && of->socks[rank] < 0)
+        of->socks[rank] = sock;
+    else
+        close(sock);
+}
+
+static void call_root(comm *of) {
+    socklen_t length;
+    struct sockaddr_un address = address_of(of->name, &length);
+    int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    unsigned char rank = (unsigned char)of->rank;
+    if (connect(sock, (struct sockaddr *)&address, length) || send(sock, &rank, 1, MSG_NOSIGNAL) != 1)
+        close(sock);
+    else
+        of->socks[0] = sock;
 }
 
 static void *join(void *argument) {
     comm *of = argument;
     int root = of->rank == 0 ? take_root(of->name) : -1;
     while (!atomic_load(&of->is_aborted)) {
-        if (atomic_load(&knobs[INIT_HANGS])) {
-            usleep(200);
-            continue;
-        }
-        if (of->rank == 0) {
-            struct pollfd ready = {.fd = root, .events = POLLIN};
-            if (poll(&ready, 1, 1) == 1) of->sock = accept4(root, NULL, NULL, SOCK_CLOEXEC);
-        } else {
-            socklen_t length;
-            struct sockaddr_un address = address_of(of->name, &length);
-            of->sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-            if (connect(of->sock, (struct sockaddr *)&address, length)) {
-                close(of->sock);
-                of->sock = -1;
-            }
-        }
-        if (of->sock >= 0) {
-            fcntl(of->sock, F_SETFL, O_NONBLOCK);
+        if (!atomic_load(&knobs[INIT_HANGS])) of->rank ? call_root(of) : admit(of, root);
+        if (has_all(of)) {
+            for (int i = 0; i < of->num_ranks; i++)
+                if (of->socks[i] >= 0) fcntl(of->socks[i], F_SETFL, O_NONBLOCK);
             atomic_store(&of->state, NCCL_OK);
             break;
         }
@@ -486,29 +508,30 @@ static void *join(void *argument) {
 }
 
 int ncclCommInitRankConfig(void **made, int num_ranks, unique_id id, int rank, config *how) {
-    if (num_ranks != 2 || rank < 0 || rank > 1 || how->magic != 0xcafebeef || how->size < sizeof(config) || how->blocking) return NCCL_ARGUMENT;
+    if (num_ranks < 2 || num_ranks > MAX_RANKS || rank < 0 || rank >= num_ranks) return NCCL_ARGUMENT;
+    if (how->magic != 0xcafebeef || how->size < sizeof(config)) return NCCL_ARGUMENT;
     comm *of = calloc(1, sizeof *of);
-    of->rank = rank, of->sock = -1;
+    of->rank = rank, of->num_ranks = num_ranks, of->is_blocking = how->blocking;
+    for (int i = 0; i < MAX_RANKS; i++) of->socks[i] = -1;
     snprintf(of->name, sizeof of->name, "%.100s", id.internal);
     atomic_store(&of->state, NCCL_PROGRESS);
     atomic_store(&of->num_users, 2); /* the caller's, and the thread's */
     atomic_fetch_add(&num_comms, 1);
+    *made = of;
+    if (of->is_blocking) return join(of), NCCL_OK;
     pthread_t thread;
     pthread_create(&thread, NULL, join, of);
     pthread_detach(thread);
-    *made = of;
     return NCCL_PROGRESS;
 }
 
 int ncclCommGetAsyncError(void *of, int *state) { return of ? (*state = atomic_load(&((comm *)of)->state), NCCL_OK) : NCCL_ARGUMENT; }
 
-static int transfer(void *argument) {
-    operation *one = argument;
+/* Whether all bytes went or came; not, once the communicator is aborted. */
+static int move(operation *one, int peer, char *address, size_t nbytes, int is_send) {
     comm *of = one->of;
     size_t done = 0;
-    if (one->is_send && one->number == atomic_load(&knobs[DAMAGE_AFTER])) ((char *)one->address)[one->nbytes / 2] ^= 4;
-    if (atomic_load(&knobs[LATE_US])) usleep((unsigned)atomic_load(&knobs[LATE_US]));
-    while (done < one->nbytes && !atomic_load(&of->is_aborted)) {
+    while (done < nbytes && !atomic_load(&of->is_aborted)) {
         if (one->number > atomic_load(&knobs[HANG_AFTER])) {
             usleep(200);
             continue;
@@ -518,20 +541,87 @@ static int transfer(void *argument) {
             usleep(200);
             continue;
         }
-        char *at = (char *)one->address + done;
-        ssize_t moved = one->is_send ? send(of->sock, at, one->nbytes - done, MSG_NOSIGNAL) : recv(of->sock, at, one->nbytes - done, 0);
+        int sock = of->socks[peer];
+        char *at = address + done;
+        ssize_t moved = is_send ? send(sock, at, nbytes - done, MSG_NOSIGNAL) : recv(sock, at, nbytes - done, 0);
         if (moved > 0) {
             done += (size_t)moved;
         } else if (moved < 0 && (errno == EAGAIN || errno == EINTR)) {
-            struct pollfd ready = {.fd = of->sock, .events = one->is_send ? POLLOUT : POLLIN};
+            struct pollfd ready = {.fd = sock, .events = is_send ? POLLOUT : POLLIN};
             poll(&ready, 1, 1);
         } else {
             if (!atomic_load(&knobs[PEER_HANGS])) atomic_store(&of->state, NCCL_REMOTE);
             usleep(200);
         }
     }
+    return done == nbytes;
+}
+
+static void transfer(operation *one) {
+    if (one->is_send && one->number == atomic_load(&knobs[DAMAGE_AFTER])) one->address[one->nbytes / 2] ^= 4;
+    move(one, one->peer, one->address, one->nbytes, one->is_send);
+}
+
+static void broadcast(operation *one) {
+    if (one->of->rank) move(one, 0, one->address, one->nbytes, 0);
+    for (int i = 1; !one->of->rank && i < one->of->num_ranks; i++) move(one, i, one->address, one->nbytes, 1);
+}
+
+/* Every rank's part to `target`, in their order. */
+static void gather_all(operation *one) {
+    comm *of = one->of;
+    size_t nbytes = one->nbytes;
+    if (of->rank) {
+        if (move(one, 0, one->address, nbytes, 1)) move(one, 0, one->target, of->num_ranks * nbytes, 0);
+        return;
+    }
+    memmove(one->target, one->address, nbytes);
+    for (int i = 1; i < of->num_ranks; i++)
+        if (!move(one, i, one->target + i * nbytes, nbytes, 0)) return;
+    for (int i = 1; i < of->num_ranks; i++) move(one, i, one->target, of->num_ranks * nbytes, 1);
+}
+
+static float widened(uint16_t bits) {
+    uint32_t word = (uint32_t)bits << 16;
+    float value;
+    return memcpy(&value, &word, sizeof value), value;
+}
+
+static uint16_t narrowed(float value) { /* to the nearest, ties to even */
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+static void add(char *total, const char *part, int type) {
+    if (type == INT64)
+        *(int64_t *)total += *(const int64_t *)part;
+    else if (type == FLOAT32)
+        *(float *)total += *(const float *)part;
+    else
+        *(uint16_t *)total = narrowed(widened(*(uint16_t *)total) + widened(*(const uint16_t *)part));
+}
+
+static void sum(operation *one) {
+    int ranks = one->of->num_ranks;
+    size_t nbytes = one->nbytes, item = one->type == INT64 ? 8 : one->type == FLOAT32 ? 4 : 2, count = nbytes / item;
+    char *target = one->target, *parts = one->target = malloc(ranks * nbytes);
+    gather_all(one);
+    for (size_t i = 0; i < count; i++) {
+        size_t first = i * (size_t)ranks / count;
+        char *total = target + i * item;
+        memcpy(total, parts + first * nbytes + i * item, item);
+        for (int k = 1; k < ranks; k++) add(total, parts + (first + k) % ranks * nbytes + i * item, one->type);
+    }
+    free(parts);
+}
+
+static int operate(void *argument) {
+    operation *one = argument;
+    if (atomic_load(&knobs[LATE_US])) usleep((unsigned)atomic_load(&knobs[LATE_US]));
+    one->run(one);
+    let_go(one->of);
     free(one);
-    let_go(of);
     return 0;
 }
 
@@ -541,20 +631,22 @@ static void *connect_late(void *argument) { /* the first operation of a communic
     first *late = argument;
     usleep(1000);
     comm *of = late->one->of;
-    enqueue(late->on, transfer, late->one);
+    enqueue(late->on, operate, late->one);
     atomic_store(&of->state, NCCL_OK);
     free(late);
     let_go(of);
     return NULL;
 }
 
-static int begin(void *address, size_t nbytes, int type, int peer, comm *of, stream *on, int is_send) {
-    if (!of || type != 1 || peer != 1 - of->rank || !on) return NCCL_ARGUMENT;
+static int begin(operation what, stream *on) {
+    comm *of = what.of;
+    if (!of || !on) return NCCL_ARGUMENT;
     if (atomic_load(&of->state) != NCCL_OK) return NCCL_USAGE; /* a call before the last one is finished */
     operation *one = malloc(sizeof *one);
-    *one = (operation){of, address, nbytes, is_send, atomic_fetch_add(&num_operations, 1) + 1};
+    *one = what;
+    one->number = atomic_fetch_add(&num_operations, 1) + 1;
     atomic_fetch_add(&of->num_users, 1);
-    if (of->is_connected) return enqueue(on, transfer, one), NCCL_OK;
+    if (of->is_connected || of->is_blocking) return enqueue(on, operate, one), NCCL_OK;
     of->is_connected = 1;
     atomic_fetch_add(&of->num_users, 1);
     atomic_store(&of->state, NCCL_PROGRESS);
@@ -566,15 +658,40 @@ static int begin(void *address, size_t nbytes, int type, int peer, comm *of, str
     return NCCL_PROGRESS;
 }
 
-int ncclSend(void *address, size_t nbytes, int type, int peer, void *of, void *on) { return begin(address, nbytes, type, peer, of, on, 1); }
-int ncclRecv(void *address, size_t nbytes, int type, int peer, void *of, void *on) { return begin(address, nbytes, type, peer, of, on, 0); }
+static int exchange(void *address, size_t nbytes, int type, int peer, comm *of, stream *on, int is_send) {
+    if (!of || type != 1 || peer < 0 || peer >= of->num_ranks || of->socks[peer] < 0) return NCCL_ARGUMENT;
+    return begin((operation){.of = of, .run = transfer, .address = address, .nbytes = nbytes, .peer = peer, .is_send = is_send}, on);
+}
+
+int ncclSend(void *address, size_t nbytes, int type, int peer, void *of, void *on) { return exchange(address, nbytes, type, peer, of, on, 1); }
+int ncclRecv(void *address, size_t nbytes, int type, int peer, void *of, void *on) { return exchange(address, nbytes, type, peer, of, on, 0); }
+
+int ncclAllReduce(void *source, void *target, size_t count, int type, int operator, void *of, void *on) {
+    size_t item = type == INT64 ? 8 : type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 0;
+    if (!item || operator) return NCCL_ARGUMENT;
+    return begin((operation){.of = of, .run = sum, .address = source, .target = target, .nbytes = count * item, .type = type}, on);
+}
+
+int ncclAllGather(void *source, void *target, size_t nbytes, int type, void *of, void *on) {
+    if (type != 1) return NCCL_ARGUMENT;
+    return begin((operation){.of = of, .run = gather_all, .address = source, .target = target, .nbytes = nbytes}, on);
+}
+
+int ncclBroadcast(void *source, void *target, size_t nbytes, int type, int root, void *of, void *on) {
+    if (type != 1 || root || source != target) return NCCL_ARGUMENT;
+    return begin((operation){.of = of, .run = broadcast, .address = target, .nbytes = nbytes}, on);
+}
+
+int ncclGroupStart(void) { return NCCL_OK; }
+int ncclGroupEnd(void) { return NCCL_OK; }
 
 int ncclCommAbort(void *which) {
     comm *of = which;
     if (!of) return NCCL_OK;
     while (atomic_load(&knobs[ABORT_HANGS])) usleep(1000);
     atomic_store(&of->is_aborted, 1);
-    if (of->sock >= 0) shutdown(of->sock, SHUT_RDWR);
+    for (int i = 0; i < of->num_ranks; i++)
+        if (of->socks[i] >= 0) shutdown(of->socks[i], SHUT_RDWR);
     atomic_fetch_sub(&num_comms, 1);
     let_go(of);
     return NCCL_OK;

@@ -1,7 +1,8 @@
-"""The few calls of NCCL that KV edges need, typed, over torch's own libnccl; two releases of it in one process would not agree.
+"""The few calls of NCCL that KV edges and an instance's ranks need, typed, over torch's own libnccl; two releases would not agree.
 
-Communicators are non-blocking and have two ranks. A call that is not finished says so (`IN_PROGRESS`), and `async_error` tells when it is.
-A communicator is a plain integer. Whatever NCCL refuses is an NcclError.
+An edge's communicator has two ranks and does not block: a call that is not finished says so (`IN_PROGRESS`), and `async_error` tells when
+it is. An instance's one blocks: what a call enqueues is on its stream when the call returns. A communicator is a plain integer. Whatever
+NCCL refuses is an NcclError.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 
@@ -23,6 +26,8 @@ _LIBRARY = "libnccl.so.2"
 _MAGIC = 0xCAFEBEEF
 _UNSET = -(2**31)
 _UINT8 = 1
+_TYPES = {"int64": 4, "float16": 6, "float32": 7, "bfloat16": 9}  # of what is summed
+_SUM = 0
 
 
 class _UniqueId(ctypes.Structure):
@@ -53,6 +58,11 @@ _SIGNATURES: dict[str, list[object]] = {
     "ncclCommAbort": [c_void_p],
     "ncclSend": [c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p],
     "ncclRecv": [c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p],
+    "ncclAllReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p],
+    "ncclAllGather": [c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_void_p],
+    "ncclBroadcast": [c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
 }
 
 
@@ -80,18 +90,23 @@ class Nccl:
         return cls(ctypes.CDLL(chosen), chosen)
 
     def unique_id(self) -> bytes:
-        """Where the two ranks of one communicator meet. Never used twice. This process listens there from now on."""
+        """Where the ranks of one communicator meet. Never used twice. This process listens there from now on."""
         made = _UniqueId()
         self._check("ncclGetUniqueId", self._library.ncclGetUniqueId(byref(made)))
         return bytes(made)
 
-    def init(self, unique_id: bytes, rank: int, *, max_ctas: int | None = None) -> int:
-        """Begin to join; the communicator is usable once `async_error` says SUCCESS. On the calling thread's device."""
+    def init(
+        self, unique_id: bytes, rank: int, num_ranks: int = NUM_RANKS, *, is_blocking: bool = False, max_ctas: int | None = None
+    ) -> int:
+        """Begin to join; the communicator is usable once `async_error` says SUCCESS. On the calling thread's device.
+
+        `is_blocking`: return when every rank has come, which may be never; its operations are enqueued when their calls return.
+        """
         config = _Config(
             size=ctypes.sizeof(_Config),
             magic=_MAGIC,
             version=MIN_VERSION,
-            blocking=0,
+            blocking=int(is_blocking),
             cga_cluster_size=_UNSET,
             min_ctas=_UNSET,
             max_ctas=_UNSET if max_ctas is None else max_ctas,
@@ -100,7 +115,7 @@ class Nccl:
         )
         made = c_void_p()
         name = _UniqueId.from_buffer_copy(unique_id)
-        code = self._library.ncclCommInitRankConfig(byref(made), NUM_RANKS, name, rank, byref(config))
+        code = self._library.ncclCommInitRankConfig(byref(made), num_ranks, name, rank, byref(config))
         if code not in (SUCCESS, IN_PROGRESS):
             self._check("ncclCommInitRankConfig", code)
         return made.value or 0
@@ -117,6 +132,28 @@ class Nccl:
 
     def recv(self, comm: int, address: int, nbytes: int, peer: int, stream: int) -> None:
         self._check("ncclRecv", self._library.ncclRecv(address, nbytes, _UINT8, peer, comm, stream))
+
+    def all_reduce(self, comm: int, address: int, count: int, dtype: str, stream: int) -> None:
+        """Enqueue the sum over all ranks, in place; in which order the ranks' parts are added depends on where a number stands."""
+        self._check("ncclAllReduce", self._library.ncclAllReduce(address, address, count, _TYPES[dtype], _SUM, comm, stream))
+
+    def all_gather(self, comm: int, source: int, target: int, nbytes: int, stream: int) -> None:
+        """Enqueue: every rank's `nbytes`, one after another, to `target` on every rank."""
+        self._check("ncclAllGather", self._library.ncclAllGather(source, target, nbytes, _UINT8, comm, stream))
+
+    def broadcast(self, comm: int, address: int, nbytes: int, stream: int) -> None:
+        """Enqueue: rank 0's bytes to the same place of every rank's own."""
+        self._check("ncclBroadcast", self._library.ncclBroadcast(address, address, nbytes, _UINT8, 0, comm, stream))
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """Sends and receives in this block are one operation, in which none waits for another."""
+        self._check("ncclGroupStart", self._library.ncclGroupStart())
+        try:
+            yield
+        finally:
+            code = self._library.ncclGroupEnd()
+        self._check("ncclGroupEnd", code)
 
     def abort(self, comm: int) -> None:
         """Give everything back, whatever the peer does. May take long, or for ever: not for a thread that is needed."""

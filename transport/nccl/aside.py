@@ -39,6 +39,10 @@ class ThreadAside(Generic[T]):
     def is_done(self) -> bool:
         return self._done.is_set()
 
+    def wait(self, timeout_s: float) -> bool:
+        """For a starter that has the time: whether it is done."""
+        return self._done.wait(timeout_s)
+
     def result(self) -> T:
         assert self._done.is_set()
         if self._error is not None:
