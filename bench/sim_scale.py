@@ -27,6 +27,7 @@ from polymux.disagg.sim.costs import MS, SECOND
 from polymux.disagg.sim.outcome import Targets
 from polymux.disagg.sim.physical import GIB, physical_costs
 from polymux.disagg.sim.policies import Pool
+from polymux.disagg.sim.topology import HOSTS
 from polymux.disagg.slack import Slack
 from polymux.disagg.views import AskView, BatchView, DecodeModelView, DecodeView, DecodeWorkerView, Due
 from polymux.transport.units import ModelName, WorkerId
@@ -49,11 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, default=512)
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second, of all models")
+    parser.add_argument("--links", action="store_true", help="copies share the links of hosts of eight GPUs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     trace = f"poisson:models={options.models},rate={options.rate / options.models},zipf=0.8,seconds={2 * options.requests / options.rate}"
     requests = generate(trace, KINDS)[: options.requests]
-    pool = Pool(num_devices=options.devices, weight_budget_bytes=48 * GIB)
+    hosts = HOSTS["h100"] if options.links else None
+    pool = Pool(num_devices=options.devices, weight_budget_bytes=48 * GIB, hosts=hosts)
     result = run_policy("slack", requests, physical_costs("h100"), TARGETS, pool)
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     placements = {size: placement_us(size) for size in _placement_sizes(options.devices)}

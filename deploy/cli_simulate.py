@@ -112,6 +112,8 @@ def simulate(options: SimulateOptions, out: Console) -> int:
             found.append((load, results, max_on_time(load.requests, costs, targets, num_workers=pool.num_devices)))
     for load, results, bound in found:
         out.print(_table(load, results, bound, spec))
+        for line in _link_lines(results):
+            out.print(line, highlight=False)
     if options.json_path is not None:
         data = {"slo": options.slo, "seed": options.seed, "cluster": spec.to_dict(), "loads": [_load_dict(*one) for one in found]}
         options.json_path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -192,6 +194,18 @@ def _table(load: Load, results: Sequence[Result], bound: float, spec: ClusterSpe
         tpot = " ".join(f"{1e3 * quantile(one.tpot_s, share):6.1f}" for share in (0.5, 0.99))
         table.add_row(one.policy, *shares, str(found.num_failed), f"{one.goodput_per_s:.2f}", ttft, tpot)
     return table
+
+
+def _link_lines(results: Sequence[Result]) -> list[str]:
+    """The busiest link under each policy, and what all carried."""
+    found = []
+    for one in results:
+        if one.links is None or one.links.busiest is None:
+            continue
+        name, used, busy = one.links.busiest.name, 100 * one.links.busiest.used, 100 * one.links.busiest.busy
+        moved = ", ".join(f"{kind} {nbytes / 1e9:.0f} GB" for kind, nbytes in one.links.nbytes.items())
+        found.append(f"{one.policy} links: {name} {used:.1f}% used, busy {busy:.1f}% of the time; {moved}")
+    return found
 
 
 def _plan_table(rows: Sequence[dict[str, Any]], goal: Goal) -> Table:

@@ -13,6 +13,7 @@ from polymux.disagg.sim.costs import H100_ARTIFACT, CostModel
 from polymux.disagg.sim.learned import LearnedKind, learned_costs
 from polymux.disagg.sim.physical import DEVICES, GIB, physical_costs
 from polymux.disagg.sim.policies import Pool
+from polymux.disagg.sim.topology import Hosts
 from polymux.transport.errors import ConfigError
 
 COSTS = ("physical", "artifact", "learned")
@@ -21,12 +22,17 @@ DEFAULT_KINDS = (*("qwen2.5-7b",) * 6, *("yi-9b",) * 2, *("llama2-13b",) * 2)  #
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """`learned` costs need `saved`, the file under `costs.path`, and `kinds` as a mapping of name to digest, weight_bytes and kv_bytes."""
+    """`learned` costs need `saved`, the file under `costs.path`, and `kinds` as a mapping of name to digest, weight_bytes and kv_bytes.
+
+    With physical costs `hosts` says which links join the devices: settings of `Hosts` (`disagg/sim/topology.py`) over the defaults of the
+    kind of device. `hosts: false` goes without: each device, or `devices_per_link` of them one after another, loads over `link_gb_per_s`.
+    """
 
     devices: int = 16
     prefill: int | None = None  # devices, under policies that keep the phases apart; default: the published 6 of 16
     costs: str = "physical"
     device: str = "h100"
+    hosts: Mapping[str, Any] | bool | None = None
     link_gb_per_s: float = 25.0  # host memory to device
     devices_per_link: int = 1  # that share it
     memory_gib: float = 72.0  # for weights and KV
@@ -50,6 +56,12 @@ class ClusterSpec:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a whole number", param=name)
         if self.weight_gib >= self.memory_gib:
             raise ConfigError(f"weight_gib={self.weight_gib} leaves no KV room in memory_gib={self.memory_gib}", param="weight_gib")
+        if self.hosts and self.costs != "physical":
+            raise ConfigError(f"costs={self.costs!r} know no links; leave `hosts` out, or take physical costs", param="hosts")
+        if self.links() is not None:
+            for one in fields(self):
+                if one.name in ("link_gb_per_s", "devices_per_link") and getattr(self, one.name) != one.default:
+                    raise ConfigError(f"{one.name} is for `hosts: false`; with hosts say pcie_gb_per_s and gpus_per_switch", param=one.name)
 
     @classmethod
     def read(cls, path: Path | None) -> ClusterSpec:
@@ -69,6 +81,12 @@ class ClusterSpec:
             data["kinds"] = tuple(data["kinds"])
         return cls(**data)
 
+    def links(self) -> Hosts | None:
+        """Raises ConfigError for what is no setting of hosts."""
+        if self.costs != "physical" or self.hosts is False:
+            return None
+        return Hosts.parse({} if self.hosts in (None, True) else self.hosts, self.device)
+
     def kind_names(self) -> tuple[str, ...]:
         return tuple(self.kinds)
 
@@ -78,7 +96,9 @@ class ClusterSpec:
             return self._learned()
         found: CostModel = H100_ARTIFACT
         if self.costs == "physical":
-            found = physical_costs(self.device, link_bytes_per_s=self.link_gb_per_s * 1e9, memory_bytes=round(self.memory_gib * GIB))
+            hosts = self.links()
+            speed = self.link_gb_per_s * 1e9 if hosts is None else hosts.load_bytes_per_s
+            found = physical_costs(self.device, link_bytes_per_s=speed, memory_bytes=round(self.memory_gib * GIB))
         if unknown := set(self.kinds) - set(found.kinds):  # type: ignore[attr-defined]
             raise ConfigError(f"kinds {', '.join(sorted(unknown))} have no {self.costs} costs", param="kinds")
         return found
@@ -92,10 +112,13 @@ class ClusterSpec:
             max_num_seqs=self.max_num_seqs,
             weight_budget_bytes=None if self.costs == "artifact" else round(self.weight_gib * GIB),
             devices_per_link=self.devices_per_link,
+            hosts=self.links(),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """`hosts` with their defaults; None without links."""
+        hosts = self.links()
+        return asdict(self) | {"hosts": None if hosts is None else asdict(hosts)}
 
     def _learned(self) -> CostModel:
         if self.saved is None or not isinstance(self.kinds, Mapping):

@@ -11,6 +11,7 @@ from polymux.disagg.sim.costs import SECOND, CostModel
 from polymux.disagg.sim.loop import Journal
 from polymux.disagg.sim.outcome import Attainment, Progress, Targets, attainment
 from polymux.disagg.sim.policies import Pool, simulation
+from polymux.disagg.sim.traffic import LinksUse
 from polymux.disagg.sim.workload import SimRequest
 from polymux.transport.errors import ConfigError
 
@@ -28,6 +29,7 @@ class Result:
     wall_s: float  # that the simulation took
     num_events: int
     journal: Journal | None = None
+    links: LinksUse | None = None  # None: copies went over links of their own
 
     @property
     def goodput_per_s(self) -> float:
@@ -37,7 +39,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Shares in percent, times in seconds."""
         found = self.attainment
-        return {
+        shares = {
             "qos": percent(found.qos),
             "tok": percent(found.tok),
             "req": percent(found.req),
@@ -46,6 +48,7 @@ class Result:
             "ttft_s": _named(self.ttft_s, 4),
             "tpot_s": _named(self.tpot_s, 6),
         }
+        return shares if self.links is None else shares | {"links": self.links.to_dict()}
 
 
 def run_policy(
@@ -64,10 +67,14 @@ def run_policy(
     world = simulation(policy, costs, targets, pool, journal)
     began_s = time.perf_counter()
     served = world.run(requests, on_arrival=on_arrival)
-    return _result(policy, served, time.perf_counter() - began_s, world.num_events, journal)
+    wall_s = time.perf_counter() - began_s
+    links = None if world.traffic is None else world.traffic.use(max(one.last_us for one in served))
+    return _result(policy, served, wall_s, world.num_events, journal, links)
 
 
-def _result(policy: str, served: Sequence[Progress], wall_s: float, num_events: int, journal: Journal | None) -> Result:
+def _result(
+    policy: str, served: Sequence[Progress], wall_s: float, num_events: int, journal: Journal | None, links: LinksUse | None
+) -> Result:
     return Result(
         policy=policy,
         attainment=attainment(served),
@@ -78,6 +85,7 @@ def _result(policy: str, served: Sequence[Progress], wall_s: float, num_events: 
         wall_s=wall_s,
         num_events=num_events,
         journal=journal,
+        links=links,
     )
 
 

@@ -65,6 +65,7 @@ class Links:
     def __init__(self, wake: Callable[[int, Flow], None]) -> None:
         self._wake = wake
         self.num_flows = 0
+        self.carried: dict[str, int] = {}  # bytes by kind of traffic
 
     def begin(self, kind: str, nbytes: int, path: Sequence[Channel], now_us: int, *, owner: Any = None, is_layered: bool = True) -> Flow:
         """A flow without bytes, or over no channel at all, is done at once, and `wake` is not asked."""
@@ -74,6 +75,7 @@ class Links:
         if not nbytes or not path:
             flow.is_done, flow.ends_us = True, now_us
             flow.pieces.append((now_us, 0))
+            self.carried[kind] = self.carried.get(kind, 0) + nbytes
             return flow
         self.num_flows += 1
         for channel in path:
@@ -107,6 +109,7 @@ class Links:
 
     def _leave(self, flow: Flow, now_us: int) -> None:
         nbytes = flow.nbytes - flow._left // SECOND
+        self.carried[flow.kind] = self.carried.get(flow.kind, 0) + nbytes
         for channel in flow.path:
             del channel.flows[flow]
             channel.carried[flow.kind] = channel.carried.get(flow.kind, 0) + nbytes

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 from polymux.disagg.sim.outcome import Progress, Targets
+from polymux.disagg.sim.traffic import Traffic
 from polymux.disagg.sim.workload import SimRequest
 
 Device = TypeVar("Device")
@@ -53,6 +54,7 @@ class Simulation(ABC, Generic[Device]):
     """One pool under one policy. Ties in time: arrivals first, then whatever was begun first."""
 
     door_us = 0  # from a request's arrival until a policy hears of it
+    traffic: Traffic | None = None  # over links that devices share
 
     def __init__(self, targets: Targets, journal: Journal | None = None) -> None:
         self._targets = targets

@@ -52,13 +52,14 @@ def _us(coefficients: Three, first: float, second: float) -> int:
 class _Sizes:
     weight_bytes: int
     kv_bytes: int
+    num_layers: int
 
 
 # fp16 weights by the models' cards, KV by layers, KV heads and head size
 _SIZES = {
-    "qwen2.5-7b": _Sizes(weight_bytes=round(14.2 * GIB), kv_bytes=56 * KIB),
-    "yi-9b": _Sizes(weight_bytes=round(16.5 * GIB), kv_bytes=96 * KIB),
-    "llama2-13b": _Sizes(weight_bytes=round(24.2 * GIB), kv_bytes=800 * KIB),
+    "qwen2.5-7b": _Sizes(weight_bytes=round(14.2 * GIB), kv_bytes=56 * KIB, num_layers=28),
+    "yi-9b": _Sizes(weight_bytes=round(16.5 * GIB), kv_bytes=96 * KIB, num_layers=48),
+    "llama2-13b": _Sizes(weight_bytes=round(24.2 * GIB), kv_bytes=800 * KIB, num_layers=40),
 }
 
 # Least squares over the artifact's profiles (vLLM 0.5.1) of at most 4096 tokens, where no prefill was split; negative terms are zero.
@@ -86,7 +87,13 @@ DEVICES = {"h100": 72 * GIB, "h800": 72 * GIB, "h200": 129 * GIB}  # with their 
 def physical_costs(device: str, *, link_bytes_per_s: float = 25e9, memory_bytes: int | None = None) -> PhysicalCosts:
     """Of one of `DEVICES`. The default link is half of what PCIe 5.0 x16 is specified for."""
     kinds = {
-        kind: PhysicalKind(prefill=prefill, decode=decode, num_weight_bytes=_SIZES[kind].weight_bytes, num_kv_bytes=_SIZES[kind].kv_bytes)
+        kind: PhysicalKind(
+            prefill=prefill,
+            decode=decode,
+            num_weight_bytes=_SIZES[kind].weight_bytes,
+            num_kv_bytes=_SIZES[kind].kv_bytes,
+            num_layers=_SIZES[kind].num_layers,
+        )
         for kind, (prefill, decode) in _CLEAN[device].items()
     }
     return PhysicalCosts(kinds=kinds, memory_bytes=memory_bytes or DEVICES[device], link_bytes_per_s=link_bytes_per_s)

@@ -15,6 +15,7 @@ from polymux.disagg.sim.published import Published
 from polymux.disagg.sim.request_level import RequestLevel
 from polymux.disagg.sim.static import StaticPlacement
 from polymux.disagg.sim.token_level import NO_OVERHEADS, TokenLevel
+from polymux.disagg.sim.topology import Hosts
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import ConfigError
 
@@ -34,6 +35,7 @@ class Pool:
     max_num_seqs: int = 256
     weight_budget_bytes: int | None = None
     devices_per_link: int = 1  # that load weights one after another; only under policies that let weights stay
+    hosts: Hosts | None = None  # whose links all copies go over, instead of that
     max_quota_s: float = 4.0  # of a turn, under `slack` and `wrr-shared`
     overheads: Overheads = NO_OVERHEADS  # under the same two
 
@@ -63,6 +65,7 @@ def _turns(name: str) -> Builder:
             max_num_seqs=pool.max_num_seqs,
             weight_budget_bytes=pool.weight_budget_bytes,
             devices_per_link=pool.devices_per_link,
+            hosts=pool.hosts,
             max_quota_s=pool.max_quota_s,
             overheads=pool.overheads,
             journal=journal,
@@ -86,9 +89,11 @@ POLICIES: dict[str, Builder] = {
     ),
     "sllm-oracle": lambda costs, targets, pool, journal: OracleLevel(costs, targets, num_workers=pool.num_devices, journal=journal),
     "static": lambda costs, targets, pool, journal: StaticPlacement(
-        costs, targets, num_workers=pool.num_devices, max_models=1, journal=journal
+        costs, targets, num_workers=pool.num_devices, max_models=1, hosts=pool.hosts, journal=journal
     ),
-    "mux": lambda costs, targets, pool, journal: StaticPlacement(costs, targets, num_workers=pool.num_devices, journal=journal),
+    "mux": lambda costs, targets, pool, journal: StaticPlacement(
+        costs, targets, num_workers=pool.num_devices, hosts=pool.hosts, journal=journal
+    ),
 }
 
 ORACLES = frozenset({"sllm-oracle"})  # see output lengths

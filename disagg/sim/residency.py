@@ -12,6 +12,7 @@ from typing import Protocol
 
 from polymux.disagg.eviction import EvictionPlan, Popularity, cost_s, plan_room
 from polymux.disagg.sim.costs import SECOND, CostModel
+from polymux.disagg.sim.links import NEVER, Flow
 from polymux.disagg.views import ArenaView, ResidentView
 from polymux.transport.errors import ConfigError
 from polymux.transport.units import ModelName
@@ -42,6 +43,12 @@ class Switcher(Protocol):
 
     def copied_us(self, copy_us: int, now_us: int) -> int:
         """How long KV takes to come in that takes so long alone."""
+
+    def coming(self) -> Flow | None:
+        """The active model's weights while they are on their way over links that are shared; a step waits for its layers."""
+
+    def arrived(self, flow: Flow, now_us: int) -> None:
+        """A load over such links has ended."""
 
     def computed(self, step_us: int) -> None:
         """The active model has computed so long."""
@@ -85,6 +92,11 @@ class ArtifactSwitcher:
     def copied_us(self, copy_us: int, now_us: int) -> int:
         return copy_us
 
+    def coming(self) -> Flow | None:
+        return None
+
+    def arrived(self, flow: Flow, now_us: int) -> None: ...
+
     def computed(self, step_us: int) -> None:
         self._computed_us += step_us
 
@@ -119,7 +131,7 @@ class _Resident:
     offset: int
     nbytes: int
     began_us: int
-    ready_us: int
+    ready_us: int  # NEVER: nobody can say yet
     used_us: int
 
     @property
@@ -161,7 +173,7 @@ class PhysicalSwitcher:
         load_us = self.costs.load_us(self.kinds[model])
         resident = self._residents.get(model)
         if resident is None:
-            return max(0, self.link.free_at_us - now_us) + load_us
+            return max(0, self._free_at_us() - now_us) + load_us
         return 0 if resident.ready_us <= now_us else max(0, resident.began_us + load_us - now_us)
 
     def switch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int:
@@ -174,7 +186,7 @@ class PhysicalSwitcher:
                 raise ConfigError(f"{model} has {self._nbytes(model)} bytes of weights, and a device keeps {self.reserve_bytes} for them")
             moved_us += self._begin(model, plan, now_us, self.costs.load_us(self.kinds[model]))
         resident = self._residents[model]
-        left_us = resident.ready_us - now_us
+        left_us = 0 if resident.ready_us == NEVER else resident.ready_us - now_us
         self.active, resident.used_us = model, now_us
         self._popularity[model] = self._popularity.get(model, Popularity()).touched(now_us / SECOND)
         return max(self.overhead_us, left_us) + moved_us
@@ -208,6 +220,11 @@ class PhysicalSwitcher:
         self.link.free_at_us = max(self.link.free_at_us, now_us) + copy_us
         return self.link.free_at_us - now_us
 
+    def coming(self) -> Flow | None:
+        return None
+
+    def arrived(self, flow: Flow, now_us: int) -> None: ...
+
     def computed(self, step_us: int) -> None:
         """Loads run beside compute at their own speed."""
 
@@ -216,11 +233,20 @@ class PhysicalSwitcher:
         for victim in plan.victims:
             self._evict(victim, now_us)
         moved_us = self._move(plan)
-        self.link.free_at_us = max(self.link.free_at_us, now_us) + load_us
+        ready_us = self._load(model, now_us, load_us)
         self.reported.changes(now_us, self._resident)
-        self._residents[model] = _Resident(plan.offset, self._nbytes(model), now_us, self.link.free_at_us, now_us)
+        self._residents[model] = _Resident(plan.offset, self._nbytes(model), now_us, ready_us, now_us)
         self._resident = frozenset(self._residents)
         return moved_us
+
+    def _free_at_us(self) -> int:
+        """When a load that is asked for now could begin, as a worker predicts it."""
+        return self.link.free_at_us
+
+    def _load(self, model: ModelName, now_us: int, load_us: int) -> int:
+        """When the weights will be there; NEVER where only the end of a flow will tell."""
+        self.link.free_at_us = max(self.link.free_at_us, now_us) + load_us
+        return self.link.free_at_us
 
     def _move(self, plan: EvictionPlan) -> int:
         for move in plan.moves:

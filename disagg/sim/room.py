@@ -59,6 +59,7 @@ class Room:
             worker.kv.hold(prompt.one.request.request_id, prompt.num_tokens + 1, self.costs.kv_bytes(work.kind))
         if prompt.is_copied:
             worker.owed_us += self.costs.kv_in_us(work.kind, prompt.num_left)
+            worker.owed_bytes += prompt.num_left * self.costs.kv_bytes(work.kind)
             work.running.append(prompt.one)
         else:
             work.prompts.append(prompt)
@@ -95,7 +96,9 @@ class Room:
             copy_s=copy_s,
             recompute_s=self.costs.prefill_us(kind, (num_tokens,)) / SECOND,
         )
-        worker.line = sorted([*worker.line, Prompt(victim, num_tokens, is_copied=pays(swap))], key=lambda prompt: _age(prompt.one))
+        is_copied = pays(swap)
+        worker.leaving_bytes += swap.num_bytes if is_copied else 0
+        worker.line = sorted([*worker.line, Prompt(victim, num_tokens, is_copied=is_copied)], key=lambda prompt: _age(prompt.one))
         self.num_preemptions += 1
         worker.drop_idle()
 

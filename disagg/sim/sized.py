@@ -11,6 +11,7 @@ from dataclasses import dataclass
 class SizedKind:
     num_weight_bytes: int
     num_kv_bytes: int  # of a token
+    num_layers: int = 32  # that come and are computed one after another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,9 @@ class SizedCosts(ABC):
 
     def kv_bytes(self, kind: str) -> int:
         return self.kinds[kind].num_kv_bytes
+
+    def num_layers(self, kind: str) -> int:
+        return self.kinds[kind].num_layers
 
     def arena_bytes(self) -> int:
         return self.memory_bytes

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from polymux.disagg.multiplex import WeightedRoundRobin
 from polymux.disagg.sim.costs import CostModel
 from polymux.disagg.sim.kv import KvRoom
+from polymux.disagg.sim.links import Flow
 from polymux.disagg.sim.loop import Journal
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.residency import Link, Switcher
 from polymux.disagg.sim.token_level import TokenLevel
+from polymux.disagg.sim.topology import Hosts
 from polymux.disagg.sim.worker import SimWorker
 from polymux.disagg.sim.workload import SimRequest
 from polymux.transport.units import ModelName
@@ -52,6 +54,11 @@ class AlwaysThere:
     def copied_us(self, copy_us: int, now_us: int) -> int:
         return copy_us
 
+    def coming(self) -> Flow | None:
+        return None
+
+    def arrived(self, flow: Flow, now_us: int) -> None: ...
+
     def computed(self, step_us: int) -> None: ...
 
 
@@ -59,17 +66,25 @@ class StaticPlacement(TokenLevel):
     """`max_models` bounds the models of one device; None leaves it to their weights."""
 
     def __init__(
-        self, costs: CostModel, targets: Targets, *, num_workers: int, max_models: int | None = None, journal: Journal | None = None
+        self,
+        costs: CostModel,
+        targets: Targets,
+        *,
+        num_workers: int,
+        max_models: int | None = None,
+        hosts: Hosts | None = None,
+        journal: Journal | None = None,
     ) -> None:
         budget = round(costs.arena_bytes() * WEIGHT_SHARE)
-        super().__init__(costs, targets, WeightedRoundRobin(), num_workers=num_workers, weight_budget_bytes=budget, journal=journal)
+        turns = WeightedRoundRobin()
+        super().__init__(costs, targets, turns, num_workers=num_workers, weight_budget_bytes=budget, hosts=hosts, journal=journal)
         self._budget = budget
         self._max_models = max_models
         self._homes: dict[str, SimWorker] = {}
         self._used = {worker.number: 0 for worker in self._workers}  # bytes of weights
         self._num_models = {worker.number: 0 for worker in self._workers}
 
-    def _switcher(self, link: Link, kv: KvRoom | None) -> Switcher:
+    def _switcher(self, number: int, link: Link, kv: KvRoom | None) -> Switcher:
         return AlwaysThere()
 
     def _left(self, one: Progress, worker: SimWorker) -> None:

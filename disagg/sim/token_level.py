@@ -18,12 +18,16 @@ from polymux.disagg.multiplex import Turn, TurnPolicy, is_over
 from polymux.disagg.phase import Phase, next_phase
 from polymux.disagg.sim.costs import SECOND, CostModel
 from polymux.disagg.sim.kv import KvRoom
+from polymux.disagg.sim.linked import LinkedSwitcher
+from polymux.disagg.sim.links import Flow
 from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.overheads import Overheads
 from polymux.disagg.sim.placement import Placement
 from polymux.disagg.sim.residency import ArtifactSwitcher, Link, PhysicalSwitcher, Reported, Switcher
 from polymux.disagg.sim.room import Room
+from polymux.disagg.sim.topology import Hosts
+from polymux.disagg.sim.traffic import Traffic, traffic_of
 from polymux.disagg.sim.worker import Prompt, SimWorker, Work
 from polymux.disagg.sim.workload import SimRequest
 from polymux.disagg.views import BatchView, DecodeView, Due, PhaseView, PromptView, WorkView
@@ -32,11 +36,12 @@ from polymux.transport.units import ModelName, SequenceId, WorkerId
 NO_OVERHEADS = Overheads()
 
 
-class TokenLevel(Simulation[SimWorker]):
+class TokenLevel(Simulation[SimWorker | Flow]):
     """One pool of equal workers. `max_prefill_tokens` bounds one prefill step.
 
     With `weight_budget_bytes`, its arena's reserve, a worker keeps models and KV while they fit; without, it follows the published
     artifact: one model at a time, and KV comes in anew at each turn. Decode steps that nothing but an arrival could change are one event.
+    With `hosts`, whatever is copied is a flow over links (`links.py`), and the step that waits for it ends when its layers have come.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class TokenLevel(Simulation[SimWorker]):
         max_num_seqs: int = 256,
         weight_budget_bytes: int | None = None,
         devices_per_link: int = 1,
+        hosts: Hosts | None = None,
         max_quota_s: float = 4.0,
         overheads: Overheads = NO_OVERHEADS,
         journal: Journal | None = None,
@@ -65,6 +71,8 @@ class TokenLevel(Simulation[SimWorker]):
         self._overheads = overheads
         self.door_us = overheads.door_us
         self._kinds: dict[ModelName, str] = {}
+        if hosts is not None:
+            self.traffic = traffic_of(costs, hosts, num_workers, self._at)
         links = [Link() for _ in range(0, num_workers, devices_per_link)]
         self._workers = [self._worker(i, links[i // devices_per_link]) for i in range(num_workers)]
         self._placement = Placement(
@@ -88,13 +96,14 @@ class TokenLevel(Simulation[SimWorker]):
         kv = None
         if self._weight_budget_bytes is not None:
             kv = KvRoom(self._costs.arena_bytes(), self._weight_budget_bytes)
-        return SimWorker(number, WorkerId(f"worker-{number:04d}"), self._policy.start(), self._switcher(link, kv), kv)
+        return SimWorker(number, WorkerId(f"worker-{number:04d}"), self._policy.start(), self._switcher(number, link, kv), kv)
 
-    def _switcher(self, link: Link, kv: KvRoom | None) -> Switcher:
+    def _switcher(self, number: int, link: Link, kv: KvRoom | None) -> Switcher:
         if kv is None:
             return ArtifactSwitcher(self._costs, self._kinds)
         reported, overhead_us = Reported(self._overheads.report_us), self._overheads.switch_us
-        return PhysicalSwitcher(self._costs, self._kinds, kv.reserve_bytes, lambda: kv.weights_end, link, reported, overhead_us)
+        arena = (self._costs, self._kinds, kv.reserve_bytes, lambda: kv.weights_end, link, reported, overhead_us)
+        return PhysicalSwitcher(*arena) if self.traffic is None else LinkedSwitcher(*arena, device=number, traffic=self.traffic)
 
     def _begin(self, requests: Sequence[SimRequest]) -> None:
         self._kinds |= {ModelName(request.model): request.kind for request in requests}
@@ -141,6 +150,8 @@ class TokenLevel(Simulation[SimWorker]):
             took_us = self._switch_us(worker, turn, work, now_us)
             took_us += worker.weights.copied_us(worker.owed_us, now_us + took_us)
             worker.owed_us = 0
+            if self.traffic is not None:
+                self._copy(worker, self.traffic, now_us)
             again_us = None
             if turn.prefetch is not None:
                 again_us = worker.weights.prefetch(turn.prefetch, now_us + took_us, worker.work.keys())
@@ -150,7 +161,8 @@ class TokenLevel(Simulation[SimWorker]):
             worker.ends_us = self._steps(worker, turn, work, again_us)
             if worker.ends_us:
                 worker.is_busy = True
-                self._at(worker.ends_us[-1], worker)
+                if self.traffic is None or not self._is_held(worker, took_us):
+                    self._at(worker.ends_us[-1], worker)
 
     def _current_turn(self, worker: SimWorker, now_us: int) -> Turn | None:
         if worker.turn is not None:
@@ -284,11 +296,12 @@ class TokenLevel(Simulation[SimWorker]):
         """News: only the step under way is sure to be taken."""
         if len(worker.ends_us) > 1:
             worker.ends_us = worker.ends_us[:1]
-            self._at(worker.ends_us[0], worker)
+            if not worker.held:
+                self._at(worker.ends_us[0], worker)
 
     def _catch_up(self, worker: SimWorker, now_us: int) -> None:
         """Steps that ended before now are over."""
-        if worker.is_busy and worker.ends_us[0] < now_us:
+        if worker.is_busy and not worker.held and worker.ends_us[0] < now_us:
             self._done(worker, bisect_left(worker.ends_us, now_us))
 
     def _done(self, worker: SimWorker, count: int) -> None:
@@ -309,8 +322,14 @@ class TokenLevel(Simulation[SimWorker]):
         self._note(worker.number, PREFILL if worker.prefilling else DECODE, worker.turn.model, worker.began_us, ends_us[-1])
         worker.began_us = ends_us[-1]
 
-    def _ended(self, worker: SimWorker, now_us: int) -> None:
-        if not worker.is_busy or worker.ends_us[-1] != now_us:
+    def _ended(self, device: SimWorker | Flow, now_us: int) -> None:
+        if isinstance(device, Flow):
+            self._flow_ended(device, now_us)
+        else:
+            self._step_ended(device, now_us)
+
+    def _step_ended(self, worker: SimWorker, now_us: int) -> None:
+        if not worker.is_busy or worker.held or worker.ends_us[-1] != now_us:
             return  # an event from before the news
         assert worker.turn is not None
         self._done(worker, len(worker.ends_us))
@@ -330,6 +349,52 @@ class TokenLevel(Simulation[SimWorker]):
         if has_left and worker.line:
             self.room.grant(worker)
         self._start(worker, now_us)
+
+    # -- flows over links ---------------------------------------------------------------------------------------------
+
+    def _copy(self, worker: SimWorker, traffic: Traffic, now_us: int) -> None:
+        """KV that comes and goes begins to; the next step waits for both."""
+        leaving, owed = worker.leaving_bytes, worker.owed_bytes
+        worker.leaving_bytes = worker.owed_bytes = 0
+        if leaving:
+            worker.copies.append(traffic.copy_out(worker.number, leaving, now_us))
+        if owed:
+            worker.copies.append(traffic.copy_in(worker.number, owed, now_us))
+
+    def _is_held(self, worker: SimWorker, late_us: int) -> bool:
+        """Whether the step that is about to begin waits for flows. They began when it was decided, `late_us` before it can begin."""
+        coming = worker.weights.coming()
+        worker.held = [flow for flow in (*worker.copies, coming) if flow is not None and not flow.is_done]
+        worker.copies = []
+        worker.held_late_us = late_us
+        return bool(worker.held)
+
+    def _flow_ended(self, flow: Flow, now_us: int) -> None:
+        assert self.traffic is not None
+        if not self.traffic.links.ended(flow, now_us):
+            return
+        worker = self._workers[flow.owner]
+        worker.weights.arrived(flow, now_us)
+        if not worker.held:
+            self._catch_up(worker, now_us)
+        elif all(one.is_done for one in worker.held):
+            self._release(worker, self.traffic, now_us)
+        named = None if worker.turn is None else worker.turn.prefetch
+        if worker.is_busy and named is not None and named not in worker.weights.resident:
+            self._interrupt(worker)  # it asks for the prefetch again
+
+    def _release(self, worker: SimWorker, traffic: Traffic, now_us: int) -> None:
+        """The step under way has all that it waited for, and it is known when it ends, and those after it."""
+        assert worker.turn is not None
+        kind, began_us, first_us = self._kinds[worker.turn.model], worker.began_us, worker.ends_us[0]
+        ends_us = [traffic.step_end_us(flow, kind, began_us, first_us - began_us, worker.held_late_us) for flow in worker.held]
+        later_us = max(ends_us) - first_us
+        worker.held = []
+        worker.ends_us = [end_us + later_us for end_us in worker.ends_us]
+        worker.turn_began_us += later_us
+        worker.began_us = max(now_us, began_us + later_us)
+        self._note(worker.number, SWITCH, worker.turn.model, began_us, worker.began_us)
+        self._at(worker.ends_us[-1], worker)
 
 
 def _prompt_view(number: int, prompt: Prompt) -> PromptView:

@@ -9,6 +9,7 @@ from typing import Any
 from polymux.disagg.multiplex import Turn
 from polymux.disagg.phase import Phase
 from polymux.disagg.sim.kv import KvRoom
+from polymux.disagg.sim.links import Flow
 from polymux.disagg.sim.outcome import Progress
 from polymux.disagg.sim.residency import Switcher
 from polymux.disagg.views import BatchView
@@ -64,6 +65,11 @@ class SimWorker:
     prefilling: list[tuple[Prompt, int]] = field(default_factory=list)  # with how many of its tokens
     decoding: list[Progress] = field(default_factory=list)
     owed_us: int = 0  # copies that the next step waits for
+    owed_bytes: int = 0  # the same, and what must go first, where they go over links that are shared
+    leaving_bytes: int = 0
+    copies: list[Flow] = field(default_factory=list)  # of those bytes, that the next step will wait for
+    held: list[Flow] = field(default_factory=list)  # what the step under way waits for: when it ends is not known before they have
+    held_late_us: int = 0  # after their bytes have come
     began_us: int = 0  # the step under way, or the first of `ends_us` that is not done
     ends_us: list[int] = field(default_factory=list)  # of steps alike, of which nothing but news can be expected to change any
 

@@ -19,6 +19,8 @@ from polymux.deploy.simulation.traces import Catalogue, read_trace, write_trace
 from polymux.disagg.cost import DECODE_ANCHORS, PREFILL_ANCHORS, SWITCH_ANCHORS, Fit
 from polymux.disagg.sim.costs import H100_ARTIFACT, MS, SECOND
 from polymux.disagg.sim.outcome import Targets
+from polymux.disagg.sim.physical import physical_costs
+from polymux.disagg.sim.topology import Hosts
 from polymux.transport.errors import ConfigError
 
 SMALL = "poisson:models=4,rate=0.2,seconds=20,output=40"
@@ -119,6 +121,30 @@ def test_a_cluster_is_read_from_yaml_and_refuses_what_it_does_not_know(tmp_path:
             ClusterSpec.read(path)
 
 
+def test_physical_devices_are_in_hosts_and_their_links_may_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("device: h800\nhosts: {gpus: 4, pcie_gb_per_s: 20}\n")
+    spec = ClusterSpec.read(path)
+    hosts = spec.pool().hosts
+    assert hosts is not None and (hosts.gpus, hosts.pcie_gb_per_s, hosts.nvlink_gb_per_s) == (4, 20, 167.0)
+    assert spec.cost_model().load_us("qwen2.5-7b") == physical_costs("h800", link_bytes_per_s=20e9).load_us("qwen2.5-7b")
+    assert spec.to_dict()["hosts"]["nvlink"] == "switch"
+    assert ClusterSpec().pool().hosts == Hosts()
+    without = ClusterSpec(hosts=False, link_gb_per_s=40.0)
+    assert (without.pool().hosts, without.to_dict()["hosts"]) == (None, None)
+    assert without.cost_model().load_us("qwen2.5-7b") == physical_costs("h100", link_bytes_per_s=40e9).load_us("qwen2.5-7b")
+    for text, message in (
+        ("hosts: {gpu: 4}", r"hosts has unknown settings \['gpu'\]"),
+        ("hosts: 8", "hosts has unknown settings 8"),
+        ("hosts: {nvlink: ring}", "hosts.nvlink='ring' is unknown"),
+        ("costs: artifact\nhosts: {gpus: 4}", "costs='artifact' know no links"),
+        ("link_gb_per_s: 40", "link_gb_per_s is for `hosts: false`"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            ClusterSpec.read(path)
+
+
 def test_learned_costs_are_what_the_fits_of_a_real_worker_say(tmp_path: Path) -> None:
     fits = {
         "prefill/d1": Fit.guessed((0.01, 1e-5, 0.0), PREFILL_ANCHORS),
@@ -157,6 +183,8 @@ def test_simulate_writes_json_and_pictures_and_the_same_twice(tmp_path: Path) ->
     loads = json.loads(found[0])["loads"]
     assert [set(load["policies"]) for load in loads] == [{"slack", "sllm"}] * 2
     assert loads[0]["policies"]["slack"]["req"] == 100.0
+    links = loads[0]["policies"]["slack"]["links"]
+    assert links["bytes"]["weights"] > 10**10 and 0 < links["busiest"]["used_percent"] < 100
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"latency.png", "lanes.png", "attainment.png"}
 
 

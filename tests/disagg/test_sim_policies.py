@@ -20,13 +20,20 @@ from polymux.disagg.sim.loop import Journal
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.physical import GIB, physical_costs
 from polymux.disagg.sim.policies import ORACLES, POLICIES, Pool, simulation
+from polymux.disagg.sim.topology import Hosts
 from polymux.disagg.sim.workload import SimRequest
 from polymux.transport.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 TARGETS = Targets(ttft_us=10 * SECOND, tpot_us=100 * MS)
 QWEN = "qwen2.5-7b"
-SETTINGS: dict[str, tuple[CostModel, int | None]] = {"artifact": (H100_ARTIFACT, None), "physical": (physical_costs("h100"), 40 * GIB)}
+PHYSICAL = physical_costs("h100")
+TIGHT = Hosts(gpus=2, pcie_gb_per_s=25, memory_gb_per_s=30, network_gbit_per_s=40)
+SETTINGS: dict[str, tuple[CostModel, Pool]] = {
+    "artifact": (H100_ARTIFACT, Pool(num_devices=1)),
+    "physical": (PHYSICAL, Pool(num_devices=1, weight_budget_bytes=40 * GIB)),
+    "linked": (PHYSICAL, Pool(num_devices=1, weight_budget_bytes=40 * GIB, hosts=TIGHT)),
+}
 LOAD, PREFILL, STEP = 875 * MS, 17 * MS, 8 * MS  # of qwen with 100 tokens, by the published costs
 
 
@@ -37,9 +44,8 @@ def request(number: int, model: str, at_us: int, *, input_len: int = 100, output
 def serve(
     policy: str, requests: list[SimRequest], *, num_devices: int = 1, setting: str = "artifact", journal: Journal | None = None
 ) -> list[Progress]:
-    costs, budget = SETTINGS[setting]
-    pool = Pool(num_devices=num_devices, weight_budget_bytes=budget)
-    return simulation(policy, costs, TARGETS, pool, journal).run(requests)
+    costs, pool = SETTINGS[setting]
+    return simulation(policy, costs, TARGETS, replace(pool, num_devices=num_devices), journal).run(requests)
 
 
 def busy(seed: int, *, num_requests: int = 60, num_models: int = 8, seconds: float = 20.0) -> list[SimRequest]:
@@ -171,8 +177,8 @@ def made_until(policy: str, requests: list[SimRequest], at_us: int, setting: str
                 self.token(end_us)
 
     made = dict.fromkeys((one.request_id for one in requests), 0)
-    costs, budget = SETTINGS[setting]
-    simulation(policy, costs, TARGETS, Pool(num_devices=3, weight_budget_bytes=budget)).serve([Counted(one, TARGETS) for one in requests])
+    costs, pool = SETTINGS[setting]
+    simulation(policy, costs, TARGETS, replace(pool, num_devices=3)).serve([Counted(one, TARGETS) for one in requests])
     return made
 
 

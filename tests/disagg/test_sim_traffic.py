@@ -1,0 +1,178 @@
+"""Simulated pools whose copies go over shared links: loads that slow each other down, steps that follow their layers, and the books."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from math import inf
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polymux.disagg.sim.costs import H100_ARTIFACT, MS, SECOND
+from polymux.disagg.sim.loop import SWITCH, Journal
+from polymux.disagg.sim.outcome import Progress, Targets
+from polymux.disagg.sim.physical import GIB, KIB, PhysicalCosts, physical_costs
+from polymux.disagg.sim.policies import Pool, simulation
+from polymux.disagg.sim.token_level import TokenLevel
+from polymux.disagg.sim.topology import Hosts
+from polymux.disagg.sim.workload import SimRequest
+from polymux.transport.errors import ConfigError
+
+TARGETS = Targets(ttft_us=10 * SECOND, tpot_us=100 * MS)
+QWEN, LLAMA = "qwen2.5-7b", "llama2-13b"
+QWEN_BYTES = round(14.2 * GIB)
+FREE = Hosts(pcie_gb_per_s=inf, memory_gb_per_s=inf, nvlink_gb_per_s=inf, network_gbit_per_s=inf)
+
+
+def request(number: int, at_us: int, model: str, input_len: int = 1000, output_len: int = 5, *, kind: str = QWEN) -> SimRequest:
+    return SimRequest(request_id=number, arrival_us=at_us, model=model, kind=kind, input_len=input_len, output_len=output_len)
+
+
+def busy(seed: int) -> list[SimRequest]:
+    rng = random.Random(seed)
+    kinds = (QWEN, "yi-9b", LLAMA)
+    arrivals = sorted(rng.randrange(20 * SECOND) for _ in range(60))
+    models = [rng.randrange(9) for _ in arrivals]
+    return [
+        request(i, at_us, f"model-{m}", rng.randint(1, 2000), rng.randint(1, 300), kind=kinds[m % 3])
+        for i, (at_us, m) in enumerate(zip(arrivals, models, strict=True))
+    ]
+
+
+def costs_at(hosts: Hosts, memory_bytes: int | None = None) -> PhysicalCosts:
+    return physical_costs("h100", link_bytes_per_s=hosts.load_bytes_per_s, memory_bytes=memory_bytes)
+
+
+def serve(
+    requests: list[SimRequest],
+    hosts: Hosts | None,
+    costs: PhysicalCosts,
+    *,
+    num_devices: int = 1,
+    budget: int = 40 * GIB,
+    policy: str = "slack",
+    journal: Journal | None = None,
+) -> tuple[TokenLevel, list[Progress]]:
+    pool = Pool(num_devices=num_devices, weight_budget_bytes=budget, hosts=hosts)
+    world = simulation(policy, costs, TARGETS, pool, journal)
+    assert isinstance(world, TokenLevel)
+    return world, world.run(requests)
+
+
+def told(served: list[Progress]) -> list[tuple[int | None, int, int, bool]]:
+    return [(one.first_us, one.last_us, one.num_on_time, one.has_failed) for one in served]
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_a_first_step_ends_a_layer_after_the_last_one_has_come() -> None:
+    """28 layers; 2 ms beside the bytes. The prefill of 1,000 tokens takes 27.11 ms, and all but its last layer hides behind the load."""
+    hosts = Hosts(pcie_gb_per_s=25)
+    costs = costs_at(hosts)
+    _, (one,) = serve([request(0, 0, "a")], hosts, costs)
+    prefill_us, bytes_us = costs.prefill_us(QWEN, [1000]), -(-QWEN_BYTES * SECOND // (25 * 10**9))
+    assert one.ttft_us == bytes_us + 2000 - (-prefill_us // 28)
+    _, (whole,) = serve([request(0, 0, "a")], None, costs)
+    assert whole.ttft_us == costs.load_us(QWEN) + prefill_us
+
+
+def test_two_gpus_that_share_a_switch_load_at_half_its_speed_each() -> None:
+    """Both loads begin at 0: each has 26 of 52 GB/s. Behind switches of their own each has all of it."""
+    shared = Hosts(gpus_per_switch=2)
+    together = [request(0, 0, "a"), request(1, 0, "b")]
+    _, both = serve(together, shared, costs_at(shared), num_devices=2)
+    _, alone = serve(together, replace(shared, gpus_per_switch=1), costs_at(shared), num_devices=2)
+    prefill_us = costs_at(shared).prefill_us(QWEN, [1000])
+    for served, bytes_per_s in ((both, 26e9), (alone, 52e9)):
+        assert [one.ttft_us for one in served] == [pytest.approx(QWEN_BYTES * SECOND / bytes_per_s + 2000 + prefill_us / 28, abs=2)] * 2
+
+
+def test_a_load_that_meets_another_halfway_takes_half_as_long_again() -> None:
+    """A loads alone for half of its time, then both share; when A has ended, B has half its bytes left and the link to itself."""
+    shared = Hosts(gpus_per_switch=2, memory_gb_per_s=inf)
+    costs = costs_at(shared)
+    bytes_us = QWEN_BYTES * SECOND / 52e9
+    _, (first, second) = serve([request(0, 0, "a"), request(1, round(bytes_us / 2), "b")], shared, costs, num_devices=2)
+    after_us = 2000 + costs.prefill_us(QWEN, [1000]) / 28
+    assert first.ttft_us == pytest.approx(1.5 * bytes_us + after_us, abs=2)
+    assert second.ttft_us == pytest.approx(1.5 * bytes_us + after_us, abs=2)
+
+
+def test_nobody_notices_a_load_of_another_host() -> None:
+    hosts = Hosts(gpus=1, memory_gb_per_s=20)
+    _, served = serve([request(0, 0, "a"), request(1, 0, "b")], hosts, costs_at(hosts), num_devices=2)
+    _, (one,) = serve([request(0, 0, "a")], hosts, costs_at(hosts))
+    assert [other.ttft_us for other in served] == [one.ttft_us] * 2
+
+
+def test_kv_that_gave_way_goes_and_comes_over_the_links() -> None:
+    """Room for 1,024 tokens; both sequences end with 900, and the younger one's KV is swapped, which pays over this link."""
+    hosts = Hosts(memory_gb_per_s=inf)
+    costs = costs_at(hosts, 25 * GIB + 1024 * 800 * KIB)
+    requests = [request(i, i, "a", 200, 700, kind=LLAMA) for i in range(2)]
+    world, served = serve(requests, hosts, costs, budget=25 * GIB)
+    assert all(one.is_done for one in served) and world.room.num_preemptions >= 1
+    assert world.traffic is not None
+    carried = world.traffic.links.carried
+    assert carried["kv in"] == carried["kv out"] > 200 * 800 * KIB
+    _, quick = serve(requests, FREE, costs, budget=25 * GIB)
+    assert quick[1].last_us < served[1].last_us
+
+
+# ---------------------------------------------------------------- always
+
+
+@given(seed=st.integers(0, 10_000), num_devices=st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_links_that_are_never_in_the_way_change_nothing(seed: int, num_devices: int) -> None:
+    """Beside links without a limit, one number without a limit: every request has every token at the same microsecond."""
+    costs = physical_costs("h100", link_bytes_per_s=1e30)
+    journals = Journal(), Journal()
+    _, without = serve(busy(seed), None, costs, num_devices=num_devices, journal=journals[0])
+    _, free = serve(busy(seed), FREE, costs, num_devices=num_devices, journal=journals[1])
+    assert told(without) == told(free)
+    assert journals[0] == journals[1]
+
+
+@given(seed=st.integers(0, 10_000), num_devices=st.integers(1, 5), per_switch=st.sampled_from([1, 2, 4]))
+@settings(max_examples=15, deadline=None)
+def test_all_flows_end_and_no_link_carried_more_than_it_can(seed: int, num_devices: int, per_switch: int) -> None:
+    hosts = Hosts(gpus=4, gpus_per_switch=per_switch, memory_gb_per_s=60)
+    journal = Journal()
+    world, served = serve(busy(seed), hosts, costs_at(hosts), num_devices=num_devices, budget=30 * GIB, journal=journal)
+    assert all(one.is_done or one.has_failed for one in served)
+    traffic = world.traffic
+    assert traffic is not None
+    assert all(not channel.flows for channel in traffic.topology.channels)
+    for channel in traffic.topology.channels:
+        assert sum(channel.carried.values()) * SECOND <= channel.bytes_per_s * channel.busy_us + traffic.links.num_flows * SECOND
+    memory = sum(sum(c.carried.values()) for c in traffic.topology.channels if "memory" in c.name)
+    assert memory == sum(traffic.links.carried.values())  # every copy here goes through a host's memory, once
+    if num_devices == 1:
+        loads = sum(span.kind == SWITCH for span in journal.spans[0])
+        assert loads and traffic.links.carried["weights"] >= QWEN_BYTES
+
+
+def test_more_on_the_same_link_makes_the_whole_slower_and_the_figures_say_where() -> None:
+    roomy, tight = Hosts(), Hosts(memory_gb_per_s=30)
+    costs = costs_at(tight)
+    found = {}
+    for name, hosts in (("roomy", roomy), ("tight", tight)):
+        world, served = serve(busy(3), hosts, costs, num_devices=4, budget=30 * GIB)
+        assert world.traffic is not None
+        found[name] = world.traffic.use(max(one.last_us for one in served)), sum(one.ttft_us or 0 for one in served)
+    assert found["tight"][1] > found["roomy"][1]
+    use = found["tight"][0]
+    assert use.busiest is not None and use.busiest.name == "host 0 memory"
+    assert 0 < use.busiest.used <= use.busiest.busy <= 1
+    assert use.to_dict()["bytes"].keys() == {"weights"}
+    assert use.groups.keys() == {"gpu pcie in", "host memory"}
+
+
+@pytest.mark.parametrize("policy", ["slack", "wrr-shared", "static", "mux"])
+def test_costs_without_bytes_have_no_links(policy: str) -> None:
+    with pytest.raises(ConfigError, match="ArtifactCosts has no bytes to move over links"):
+        simulation(policy, H100_ARTIFACT, TARGETS, Pool(num_devices=2, weight_budget_bytes=40 * GIB, hosts=FREE))
