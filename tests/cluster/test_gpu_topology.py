@@ -58,6 +58,28 @@ def test_bridges_join_pairs_whatever_their_numbers(nvml: Any) -> None:
     assert host.describe().endswith("NVLink joins 0-2 and 1-3")
 
 
+LINKS = {"NV": Link.NVLINK, "PI": Link.PCIE, "PX": Link.PCIE, "PH": Link.SOCKET, "NO": Link.SOCKET, "SY": Link.SYSTEM}
+
+
+def published(nvml: Any, name: str) -> tuple[HostGpus, list[list[str]]]:
+    topo = importlib.import_module("topo")
+    nvml._recording.update(topo.recording(name))
+    return gpu_topology.read()[0], topo.HOSTS[name][1]
+
+
+@pytest.mark.parametrize("name", ["H100 on NVSwitch", "H100 NVL4", "V100 cube mesh", "RTX 4090", "L40S"])
+def test_real_hosts_are_read_as_the_drivers_own_tool_shows_them(nvml: Any, name: str) -> None:
+    host, rows = published(nvml, name)
+    pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
+    assert [host.link(i, j) for i, j in pairs] == [LINKS[rows[i][j][:2]] for i, j in pairs]
+
+
+def test_links_that_the_driver_hides_are_found_by_what_it_says_of_peers(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "nvmlDeviceGetNvLinkRemoteDeviceType", lambda *_: 255)
+    host, rows = published(nvml, "V100 cube mesh")
+    assert all((host.link(i, j) is Link.NVLINK) == rows[i][j].startswith("NV") for i in range(8) for j in range(8) if i != j)
+
+
 def test_links_are_symmetric(nvml: Any) -> None:
     for name in ("nvswitch-8", "pcie-8", "bridged-4"):
         host = read(nvml, name)
