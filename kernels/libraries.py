@@ -24,7 +24,10 @@ class Library:
 LIBRARIES = {"flashinfer": Library(module="flashinfer", distribution="flashinfer-python", at_least=(0, 6), extra="flashinfer")}
 
 # Libraries of attention that are met beside ours and cannot serve: by distribution, why not.
-UNSUITED = {"flash-attn": "its paged kernels read blocks of a multiple of 256 slots, ours have 16"}
+UNSUITED = {
+    "flash-attn": "its paged kernels read blocks of a multiple of 256 slots, ours have 16",
+    "flash-attn-3": "it wants block tables as rows of one length, ours lie end to end",
+}
 
 
 def why_not(name: str) -> str:

@@ -52,6 +52,14 @@ TARGETS = (
             ("chunk_2k_on_6k", "a chunk of 2048 on a cached prefix of 6144"),
         )
     ),
+    Target(
+        name="decode.llama_8b.64x2k.flashinfer.share_of_copy_bandwidth",
+        claim="by FlashInfer, where it is installed: 64 sequences of 2k, Llama 8B, its wrapper's captured graph on our blocks",
+    ),
+    Target(
+        name="prefill.prompt_8k.flashinfer.share_of_matrix_rate",
+        claim="by FlashInfer, where it is installed: a prompt of 8192 tokens, Llama 8B",
+    ),
     Target(name="decode.one_sequence_s", claim="a sequence of 4096 tokens, Qwen 0.5B, one layer", unit="s"),
 )
 

@@ -13,8 +13,11 @@ from polymux.deploy import doctor, doctor_gpu
 from polymux.deploy.doctor_gpu import Host
 from polymux.deploy.findings import Finding, Level
 from polymux.disagg.placement import Link
-from polymux.kernels.choice import Choice
+from polymux.kernels.choice import Choice, override
+from polymux.kernels.libraries import why_not
 from polymux.transport.units import GIB
+
+from ..kernels.gpu.libraries import stand_in
 
 PAIR = HostGpus(
     gpus=tuple(Gpu(index=i, name="NVIDIA H200", uuid=f"GPU-{i}", memory_bytes=141 * GIB) for i in range(2)),
@@ -61,6 +64,22 @@ def test_a_wish_that_cannot_be_met_is_missing() -> None:
     config = ClusterConfig.load(overrides=["pools.prefill.device=cuda"], environ={})
     finding = doctor_gpu.device(config, BARE)
     assert finding.level is Level.MISSING and "set it to auto or cpu" in finding.fix
+
+
+def test_a_library_is_shown_where_it_is_installed_and_where_it_serves() -> None:
+    with stand_in():
+        (beside,) = doctor_gpu.kernels(is_cuda=True)
+        assert beside.found.endswith("triton (ours; flashinfer 0.7.2 serves if POLYMUX_KERNELS has attend=flashinfer): attend")
+        with override("attend=flashinfer"):
+            (chosen,) = doctor_gpu.kernels(is_cuda=True)
+    assert "flashinfer (POLYMUX_KERNELS says so): attend" in chosen.found and chosen.level is Level.OK
+
+
+@pytest.mark.skipif(not why_not("flashinfer"), reason="flashinfer is installed")
+def test_a_library_that_is_asked_for_and_not_there_is_missing_with_the_fix() -> None:
+    with override("attend=flashinfer"):
+        (finding,) = doctor_gpu.kernels(is_cuda=True)
+    assert finding.level is Level.MISSING and "flashinfer is not installed: pip install 'polymux[flashinfer]'" in finding.fix
 
 
 def test_kernels_are_grouped_by_what_serves_them() -> None:
