@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from polymux.actors.parallel.leader import Ranks
 from polymux.transport.region import Region
@@ -14,7 +14,10 @@ class RankMemories(Ranks):
     def __init__(self, nbytes: int, num_ranks: int) -> None:
         self.lost = None
         self.regions = tuple(Region.create(nbytes) for _ in range(num_ranks - 1))
-        self.collectives = cast(Any, None)
+
+    @property
+    def collectives(self) -> Any:
+        return None
 
     def close(self) -> None:
         for region in self.regions:
