@@ -32,6 +32,7 @@ from polymux.disagg.sim.policies import POLICIES, Pool
 from polymux.disagg.sim.workload import read_artifact
 
 ROOT = Path(__file__).resolve().parents[1]
+COMPARED = [name for name in POLICIES if name != "slack-split"]  # which differs by what is handed over, and here that is free
 NAME = re.compile(r"simreq-(\d+)-([\d.]+?)(?:-([\d.]+?))?(?:-([\d.]+?))?\.csv")
 DEFAULT_SLO = Targets(ttft_us=10 * SECOND, tpot_us=100 * MS)
 PHYSICAL_BUDGET = 48 * GIB  # for weights, of 72
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--points", nargs="+", action="extend", type=Point.parse, metavar="N,R[,IN,OUT]", help="default: every list of the folder"
     )
-    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES), metavar="NAME")
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=COMPARED, metavar="NAME")
     parser.add_argument("--devices", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; the results do not depend on it")
     parser.add_argument("--no-physical", action="store_true", help="only the published costs")

@@ -49,6 +49,7 @@ class Placement:
         max_num_seqs: int,
         max_quota_s: float,
         kv_bytes: int,
+        excluded: frozenset[WorkerId] = frozenset(),
     ) -> None:
         self._costs = costs
         self._tpot_s = tpot_s
@@ -57,12 +58,13 @@ class Placement:
         self._max_quota_s = max_quota_s
         self._kv_bytes = kv_bytes  # of a worker
         self._books = [Book(worker_id) for worker_id in worker_ids]
+        self._able = [number for number, book in enumerate(self._books) if book.worker_id not in excluded]
         self._numbers = {book.worker_id: number for number, book in enumerate(self._books)}
         self._kinds: dict[ModelName, str] = {}
         self._decode_costs: dict[ModelName, Coefficients] = {}
         self._weight_bytes: dict[ModelName, int] = {}
         self._output_len: dict[ModelName, float] = {}
-        self._switch_bytes_per_s = 1.0
+        self.switch_bytes_per_s = 1.0
 
     def register(self, kinds: dict[ModelName, str]) -> None:
         """What a placement knows of each model's costs: a line through the cost model's answers."""
@@ -75,25 +77,27 @@ class Placement:
             self._output_len[model] = EXPECTED_OUTPUT_LEN
         if kinds:
             largest = max(sorted(set(kinds.values())), key=self._costs.weight_bytes)
-            self._switch_bytes_per_s = self._costs.weight_bytes(largest) * SECOND / self._costs.load_us(largest)
+            self.switch_bytes_per_s = self._costs.weight_bytes(largest) * SECOND / self._costs.load_us(largest)
 
-    def place(self, request: SimRequest, now_us: int) -> int:
-        """The number of its worker, which is promised to it at once."""
+    def ask(self, request: SimRequest) -> AskView:
         model = ModelName(request.model)
         num_output = max(1, round(min(request.max_tokens or self._output_len[model], self._output_len[model])))
-        num_tokens = request.input_len + num_output
-        ask = AskView(
+        return AskView(
             model=model,
             num_prompt_tokens=request.input_len,
             num_output_tokens=num_output,
             tpot_slo_s=self._tpot_s,
-            kv_bytes=num_tokens * self._costs.kv_bytes(request.kind),
+            kv_bytes=(request.input_len + num_output) * self._costs.kv_bytes(request.kind),
             weight_bytes=self._weight_bytes[model],
         )
-        choice = choose_decode(ask, (self._view(number, now_us) for number in range(len(self._books))), max_quota_s=self._max_quota_s)
+
+    def place(self, request: SimRequest, now_us: int) -> int:
+        """The number of its worker, which is promised to it at once."""
+        ask = self.ask(request)
+        choice = choose_decode(ask, (self._view(number, now_us) for number in self._able), max_quota_s=self._max_quota_s)
         assert choice is not None
         number = self._numbers[choice.worker_id]
-        self._promise(self._books[number], request.request_id, model, num_tokens)
+        self._promise(self._books[number], request.request_id, ask.model, ask.num_prompt_tokens + ask.num_output_tokens)
         return number
 
     def _promise(self, book: Book, request_id: int, model: ModelName, num_tokens: int) -> None:
@@ -136,7 +140,7 @@ class Placement:
             resident=resident,
             costs=self._decode_costs,
             weight_bytes=self._weight_bytes,
-            switch_bytes_per_s=self._switch_bytes_per_s,
+            switch_bytes_per_s=self.switch_bytes_per_s,
             free_kv_bytes=self._kv_bytes - kv_bytes,
             max_num_seqs=self._max_num_seqs,
         )

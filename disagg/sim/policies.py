@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from polymux.disagg.prefill import prefill_policy
 from polymux.disagg.sim.costs import CostModel
 from polymux.disagg.sim.loop import Journal, Simulation
 from polymux.disagg.sim.oracle import OracleLevel
@@ -13,6 +14,7 @@ from polymux.disagg.sim.outcome import Targets
 from polymux.disagg.sim.overheads import Overheads
 from polymux.disagg.sim.published import Published
 from polymux.disagg.sim.request_level import RequestLevel
+from polymux.disagg.sim.split import SplitLevel
 from polymux.disagg.sim.static import StaticPlacement
 from polymux.disagg.sim.token_level import NO_OVERHEADS, TokenLevel
 from polymux.disagg.sim.topology import Hosts
@@ -60,23 +62,44 @@ def _turns(name: str) -> Builder:
             costs,
             targets,
             turn_policy(name, max_quota_s=pool.max_quota_s),
-            num_workers=pool.num_devices,
-            max_prefill_tokens=pool.max_prefill_tokens,
-            max_num_seqs=pool.max_num_seqs,
-            weight_budget_bytes=pool.weight_budget_bytes,
-            devices_per_link=pool.devices_per_link,
-            hosts=pool.hosts,
-            max_quota_s=pool.max_quota_s,
-            overheads=pool.overheads,
+            **_shared_settings(pool),
             journal=journal,
         )
 
     return build
 
 
+def _shared_settings(pool: Pool) -> dict[str, Any]:
+    """Of every simulation whose workers are as live ones."""
+    return {
+        "num_workers": pool.num_devices,
+        "max_prefill_tokens": pool.max_prefill_tokens,
+        "max_num_seqs": pool.max_num_seqs,
+        "weight_budget_bytes": pool.weight_budget_bytes,
+        "devices_per_link": pool.devices_per_link,
+        "hosts": pool.hosts,
+        "max_quota_s": pool.max_quota_s,
+        "overheads": pool.overheads,
+    }
+
+
 def _published(costs: CostModel, targets: Targets, pool: Pool, journal: Journal | None) -> Simulation[Any]:
     num_prefill, num_decode = pool.split
     return Published(costs, targets, num_prefill=num_prefill, num_decode=num_decode, journal=journal)
+
+
+def _split(costs: CostModel, targets: Targets, pool: Pool, journal: Journal | None) -> Simulation[Any]:
+    if pool.num_devices < 2:
+        raise ConfigError("slack-split needs two devices, one for each phase", param="devices")
+    return SplitLevel(
+        costs,
+        targets,
+        turn_policy("slack", max_quota_s=pool.max_quota_s),
+        num_prefill=pool.split[0],
+        prefill=prefill_policy("deadline"),
+        **_shared_settings(pool),
+        journal=journal,
+    )
 
 
 POLICIES: dict[str, Builder] = {
@@ -94,12 +117,14 @@ POLICIES: dict[str, Builder] = {
     "mux": lambda costs, targets, pool, journal: StaticPlacement(
         costs, targets, num_workers=pool.num_devices, hosts=pool.hosts, journal=journal
     ),
+    "slack-split": _split,
 }
 
 ORACLES = frozenset({"sllm-oracle"})  # see output lengths
 
 LABELS = {
     "slack": "slack (polymux)",
+    "slack-split": "slack, phases apart",
     "wrr": "wrr (Aegaeon as published)",
     "wrr-shared": "wrr on shared workers",
     "sllm": "ServerlessLLM",

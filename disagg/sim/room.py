@@ -21,6 +21,7 @@ class Room:
     costs: CostModel
     max_num_seqs: int
     gone: Callable[[Progress, SimWorker], None]
+    elsewhere: Callable[[Prompt, SimWorker], None] | None = None  # is told of new prompts that have room, and has them computed
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # that needed no computing
 
@@ -48,21 +49,32 @@ class Room:
         return worker.kv is None or blocks(prompt.num_tokens + 1) * self.costs.kv_bytes(prompt.one.request.kind) <= worker.kv.free_bytes
 
     def _admit(self, worker: SimWorker, prompt: Prompt, work: Work) -> None:
+        if self.elsewhere is not None and not prompt.one.num_tokens:
+            if worker.kv is not None:
+                worker.kv.hold(prompt.one.request.request_id, prompt.num_tokens + 1, self.costs.kv_bytes(work.kind))
+            self.elsewhere(prompt, worker)
+            worker.drop_idle()
+            return
         worker.has_news, work.view = True, None
-        if worker.kv is not None:
-            key = _key(prompt.one.request)
-            cached = worker.kv.cached_tokens(key, prompt.num_tokens)
-            if cached:
-                worker.kv.take(key)
-                prompt.num_done = cached
-                self.num_cached_tokens += cached
-            worker.kv.hold(prompt.one.request.request_id, prompt.num_tokens + 1, self.costs.kv_bytes(work.kind))
+        self.hold(worker, prompt)
         if prompt.is_copied:
             worker.owed_us += self.costs.kv_in_us(work.kind, prompt.num_left)
             worker.owed_bytes += prompt.num_left * self.costs.kv_bytes(work.kind)
             work.running.append(prompt.one)
         else:
             work.prompts.append(prompt)
+
+    def hold(self, worker: SimWorker, prompt: Prompt) -> None:
+        """Its room is taken; what is cached of it needs no computing."""
+        if worker.kv is None:
+            return
+        key = _key(prompt.one.request)
+        cached = worker.kv.cached_tokens(key, prompt.num_tokens)
+        if cached:
+            worker.kv.take(key)
+            prompt.num_done = cached
+            self.num_cached_tokens += cached
+        worker.kv.hold(prompt.one.request.request_id, prompt.num_tokens + 1, self.costs.kv_bytes(prompt.one.request.kind))
 
     def with_room(self, worker: SimWorker, work: Work, num_steps: int) -> int:
         """For how many steps of the model's batch there is room. Where there is none for one, the youngest gives way, and it is 0."""

@@ -58,6 +58,7 @@ class TokenLevel(Simulation[SimWorker | Flow]):
         hosts: Hosts | None = None,
         max_quota_s: float = 4.0,
         overheads: Overheads = NO_OVERHEADS,
+        excluded: frozenset[WorkerId] = frozenset(),
         journal: Journal | None = None,
     ) -> None:
         super().__init__(targets, journal)
@@ -83,6 +84,7 @@ class TokenLevel(Simulation[SimWorker | Flow]):
             max_num_seqs=max_num_seqs,
             max_quota_s=max_quota_s,
             kv_bytes=costs.arena_bytes() - (weight_budget_bytes or costs.arena_bytes() // 5),
+            excluded=excluded,
         )
         self.room = Room(costs, max_num_seqs, lambda one, worker: self._left(one, worker))
         self.num_switches = self.num_decisions = self.num_steps = 0

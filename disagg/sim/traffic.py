@@ -40,7 +40,7 @@ class LinksUse:
 
 
 class Traffic:
-    """Of devices that are numbered as `topology` numbers its GPUs. Whoever begins a flow is told of its end by its number, `Flow.owner`."""
+    """Of devices that are numbered as `topology` numbers its GPUs. A flow's owner is its device's number, but for a handover's."""
 
     def __init__(self, costs: SizedCosts, hosts: Hosts, num_devices: int, wake: Callable[[int, Flow], None]) -> None:
         self._costs = costs
@@ -58,6 +58,13 @@ class Traffic:
     def copy_out(self, device: int, nbytes: int, now_us: int) -> Flow:
         """The room is there when all of it has gone."""
         return self.links.begin(KV_OUT, nbytes, self.topology.out_of(device), now_us, owner=device, is_layered=False)
+
+    def hand_over(self, source: int, target: int, nbytes: int, now_us: int, owner: Any) -> Flow:
+        """Between two devices; `owner` is told."""
+        return self.links.begin(HANDOVER, nbytes, self.topology.between(source, target), now_us, owner=owner)
+
+    def num_layers(self, kind: str) -> int:
+        return self._costs.num_layers(kind)
 
     def step_end_us(self, flow: Flow, kind: str, began_us: int, took_us: int, late_us: int) -> int:
         """Of a step that waits for this flow, which is of use `late_us` after its bytes have come."""
