@@ -19,9 +19,10 @@ from polymux.actors.parallel.collectives import Collectives, GlooCollectives, Me
 from polymux.actors.weights.huge_pages import use_huge_pages
 from polymux.actors.weights.load import HostTarget, Target
 from polymux.transport.bulk_copy import copy_bytes
-from polymux.transport.cuda.region import DeviceRegion
+from polymux.transport.cuda.region import DeviceRegion, MappedRegion
 from polymux.transport.errors import ConfigError
 from polymux.transport.image_maps import KEEP_S
+from polymux.transport.rank_messages import RankMemory
 from polymux.transport.region import Region
 
 if TYPE_CHECKING:
@@ -89,6 +90,12 @@ class Device(Protocol):
 
     def mark(self) -> Mark:
         """The end of the queue as it is now."""
+
+    def lend(self, region: Region) -> RankMemory | None:
+        """What rank 0 needs to map the arena of another rank, which computes here. None: the region has a descriptor for that."""
+
+    def borrow(self, memory: RankMemory, nbytes: int) -> MappedRegion:
+        """Map it: `copy_blocks` takes it for this device's own. Raises PolymuxError where it cannot be reached."""
 
     def meeting_place(self, folder: Path) -> bytes:
         """Where the ranks of an instance, whose rank 0 this is, can meet. `folder` is theirs alone, and on this host."""
@@ -159,6 +166,12 @@ class CpuDevice:
 
     def mark(self) -> Mark:
         return _Done()
+
+    def lend(self, region: Region) -> RankMemory | None:
+        return None
+
+    def borrow(self, memory: RankMemory, nbytes: int) -> MappedRegion:
+        raise ConfigError(f"a rank computes on {memory.gpu} and rank 0 on a CPU; give all ranks of an instance one kind of device")
 
     def meeting_place(self, folder: Path) -> bytes:
         return str(folder / "rendezvous").encode()

@@ -241,6 +241,8 @@ class Engine:
 
     def close(self) -> None:
         if self._ranks is not None:
+            if self._ranks.lost is None:
+                self.device.mark().wait()  # what is in the queue may still be at the other ranks' memory
             self._ranks.close()
         self.residency.close()
         self._bound.clear()

@@ -103,14 +103,17 @@ def rotate_write(
 
 
 def gather_blocks(kv: Tensor, block_ids: Tensor, slab: Tensor, layers: slice, heads: slice) -> None:
-    """Copy layers and KV heads of blocks `block_ids` [n] of kv [N, L, 2, Hkv, S, D] into the slab [n, layers, 2, heads, S, D]."""
-    slab.copy_(kv[:, layers, :, heads][block_ids.long()].view_as(slab))
+    """Copy layers and KV heads of blocks `block_ids` [n] of kv [N, L, 2, Hkv, S, D] into the slab [n, layers, 2, heads, S, D].
+
+    The slab may be a slice of the heads of a contiguous one.
+    """
+    slab.copy_(kv[:, layers, :, heads][block_ids.long()])
 
 
 def scatter_blocks(kv: Tensor, block_ids: Tensor, slab: Tensor, layers: slice, heads: slice) -> None:
     """The reverse of `gather_blocks`; no block is named twice."""
     part = kv[:, layers, :, heads]
-    part[block_ids.long()] = slab.view(len(block_ids), *part.shape[1:])
+    part[block_ids.long()] = slab
 
 
 def attend(q: Tensor, kv: Tensor, layer: int, block_ids: Sequence[int], context_len: int, window: int | None, scale: float) -> Tensor:

@@ -8,23 +8,24 @@ never lets its device wait for one, since the event of a process that has died m
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 from polymux.transport.cuda.mover import Mover
-from polymux.transport.cuda.region import DeviceGrid, DeviceRegion, as_tensor
+from polymux.transport.cuda.region import DeviceGrid, DeviceRegion, MappedRegion, as_tensor, device_grids
 from polymux.transport.cuda.runtime import HANDLE_BYTES
 from polymux.transport.errors import CudaError, WireError
 from polymux.transport.frames import drive_async, read_frame
 from polymux.transport.handshake import Introduction
+from polymux.transport.head_slices import MAX_RANKS
 from polymux.transport.kv_backend import DeviceEvent, Landing
 from polymux.transport.kv_device import Arrival, DeviceReceiver
 from polymux.transport.messages import KVLayout
-from polymux.transport.protocol import Commit, IpcTerms, Move
+from polymux.transport.protocol import Commit, EdgeTerms, IpcTerms, Move
 from polymux.transport.reactor import Reactor
-from polymux.transport.region import Grid, Grids
+from polymux.transport.region import Grid, Region
 from polymux.transport.sockets import dial_tcp, is_closed
 from polymux.transport.units import TransferId, unpack_ids
 from polymux.transport.wire import decode_as
@@ -104,11 +105,10 @@ class DevicePullSender:
         then()
 
 
-def export(region: DeviceRegion, ring: EventRing) -> IpcTerms:
-    """What another process needs to read the region, and to know when."""
-    runtime = region.runtime
-    runtime.set_device(region.index)
-    return IpcTerms(memory=runtime.memory_handle(region.address), events=b"".join(runtime.event_handle(event) for event in ring.events))
+def export(region: DeviceRegion, followers: Sequence[Region | MappedRegion], ring: EventRing) -> IpcTerms:
+    """What another process needs to read the region of each rank, and to know when."""
+    handles = region.handles(followers)
+    return IpcTerms(memory=b"".join(handles), events=b"".join(region.runtime.event_handle(event) for event in ring.events))
 
 
 async def open_cuda_ipc(
@@ -116,16 +116,19 @@ async def open_cuda_ipc(
     intro: Introduction,
     token: str,
     deadline_s: float,
-    region_bytes: int,
+    edge: EdgeTerms,
     region: DeviceRegion,
     reactor: Reactor,
     landing: Landing,
 ) -> DeviceReceiver:
-    """Raises PeerLost, TransferTimeout, WireError, CudaError or OutOfMemory when the source's memory cannot be had."""
+    """`edge`: what the source said of itself.
+
+    Raises PeerLost, TransferTimeout, WireError, CudaError or OutOfMemory when the source's memory cannot be had.
+    """
     sock, _ = await dial_tcp(address, intro, token, deadline_s)
     try:
         terms = decode_as(IpcTerms, await drive_async(read_frame(), sock, deadline_s))
-        source = await region.mover.ask(partial(_map, region, terms, region_bytes, sock.close), deadline_s)
+        source = await region.mover.ask(partial(_map, region, terms, edge, sock.close), deadline_s)
     except BaseException:
         sock.close()
         raise
@@ -134,44 +137,56 @@ async def open_cuda_ipc(
 
 
 def open_within(
-    source: DeviceRegion, ring: EventRing, region: DeviceRegion, is_fenced: Callable[[], bool], reactor: Reactor, landing: Landing
+    source: Sequence[Region | DeviceRegion | MappedRegion],
+    ring: EventRing,
+    region: DeviceRegion,
+    is_fenced: Callable[[], bool],
+    reactor: Reactor,
+    landing: Landing,
 ) -> DeviceReceiver:
-    """The source is in this process; the mover's incoming slabs are there."""
-    mapped = Mapped(source.address, source.nbytes, ring.events, lambda: None)
+    """The source, of one rank or several, is in this process; the mover's incoming slabs are there."""
+    addresses = [one.address for one in source if not isinstance(one, Region)]
+    mapped = Mapped(addresses, source[0].nbytes, ring.events, lambda: None)
     return DeviceReceiver(PullLink("local", region.mover, region, mapped, is_fenced), region.mover, reactor, landing)
 
 
-def _map(region: DeviceRegion, terms: IpcTerms, region_bytes: int, release: Callable[[], None]) -> Mapped:
+def _map(region: DeviceRegion, terms: IpcTerms, edge: EdgeTerms, release: Callable[[], None]) -> Mapped:
     runtime = region.runtime
-    if len(terms.memory) != HANDLE_BYTES or not terms.events or len(terms.events) % HANDLE_BYTES:
-        raise WireError(f"IPC handles of {len(terms.memory)} and {len(terms.events)} bytes")
+    if not 0 < edge.num_ranks <= MAX_RANKS or len(terms.memory) != edge.num_ranks * HANDLE_BYTES:
+        raise WireError(f"IPC handles of {len(terms.memory)} bytes for the memories of {edge.num_ranks} ranks")
+    if not terms.events or len(terms.events) % HANDLE_BYTES:
+        raise WireError(f"IPC handles of {len(terms.events)} bytes for events")
     region.mover.incoming.prepare()
-    opened: list[int] = []
-    address = runtime.open_memory(terms.memory)
+    addresses: list[int] = []
+    events: list[int] = []
 
     def let_go() -> None:
         release()
-        for event in opened:
-            with suppress(CudaError):  # its owner may be dead
-                runtime.destroy_event(event)
-        with suppress(CudaError):
-            runtime.close_memory(address)
+        for close, opened in ((runtime.destroy_event, events), (runtime.close_memory, addresses)):
+            for one in opened:
+                with suppress(CudaError):  # its owner may be dead
+                    close(one)
 
     try:
-        starts = range(0, len(terms.events), HANDLE_BYTES)
-        opened.extend(runtime.open_event(terms.events[start : start + HANDLE_BYTES]) for start in starts)
+        addresses.extend(runtime.open_memory(handle) for handle in _handles(terms.memory))
+        events.extend(runtime.open_event(handle) for handle in _handles(terms.events))
     except CudaError:
         let_go()
         raise
-    return Mapped(address, region_bytes, opened, let_go)
+    return Mapped(addresses, edge.region_bytes, events, let_go)
+
+
+def _handles(joined: bytes) -> Iterator[bytes]:
+    for start in range(0, len(joined), HANDLE_BYTES):
+        yield joined[start : start + HANDLE_BYTES]
 
 
 @dataclass(slots=True)
 class Mapped:
     """A source's memory and events as this process sees them. `release` lets them go; in the mover's thread."""
 
-    address: int
-    nbytes: int
+    addresses: Sequence[int]  # of each rank
+    nbytes: int  # of each
     events: Sequence[int]
     release: Callable[[], None]
 
@@ -187,11 +202,11 @@ class PullLink:
         self._mover = mover
         self._source = source
         self._is_open = True
-        memory = as_tensor(source.address, source.nbytes, region.device)
-        self._grids: Grids[DeviceGrid] = Grids(lambda layout: DeviceGrid(memory, layout))
+        self._grids = device_grids([as_tensor(address, source.nbytes, region.device) for address in source.addresses])
 
     def grid(self, layout: KVLayout) -> DeviceGrid:
-        return self._grids.of(layout)
+        """The source's blocks of a model, whatever its ranks and ours."""
+        return self._grids.of_model(layout)
 
     def step(self, now_s: float) -> bool:
         return False
@@ -213,7 +228,7 @@ class PullLink:
     def fetch(self, arrival: Arrival) -> None:
         move, transfer, slab = arrival.item, arrival.transfer, arrival.slab
         assert isinstance(move, Move) and transfer is not None and slab is not None
-        source, block_ids = self._grids.of(transfer.layout), unpack_ids(move.src_block_ids)
+        source, block_ids = self.grid(transfer.layout), unpack_ids(move.src_block_ids)
         source.check(block_ids)
         slab.gather(source, block_ids, range(move.layer_lo, move.layer_hi))
 

@@ -18,7 +18,7 @@ from polymux.transport.reactor import Reactor
 from polymux.transport.region import Region
 
 if TYPE_CHECKING:
-    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.cuda.region import DeviceRegion, MappedRegion
     from polymux.transport.kv_cuda_ipc import EventRing
 
 _edges: dict[bytes, LocalEdge] = {}  # of this process, by the secret of the edge
@@ -29,12 +29,12 @@ _lock = threading.Lock()
 class LocalEdge:
     """The prefill side's end, for a decode side that finds it in its own process."""
 
-    regions: tuple[Region | DeviceRegion, ...]  # of each rank
+    regions: tuple[Region | DeviceRegion | MappedRegion, ...]  # of each rank
     ring: EventRing | None  # of a region on a GPU
     fence: threading.Event = field(default_factory=threading.Event)
 
 
-def expose(secret: bytes, regions: tuple[Region | DeviceRegion, ...], ring: EventRing | None) -> LocalEdge:
+def expose(secret: bytes, regions: tuple[Region | DeviceRegion | MappedRegion, ...], ring: EventRing | None) -> LocalEdge:
     with _lock:
         return _edges.setdefault(secret, LocalEdge(regions, ring))
 
@@ -58,6 +58,5 @@ def open_local(terms: EdgeTerms, region: Region | DeviceRegion, reactor: Reactor
         return PullReceiver("local", reactor.loop, landing, buffers, edge.fence.is_set, lambda: None)
     from polymux.transport.kv_cuda_ipc import open_within  # which needs torch
 
-    source = edge.regions[0]
-    assert edge.ring is not None and not isinstance(region, Region) and not isinstance(source, Region)
-    return open_within(source, edge.ring, region, edge.fence.is_set, reactor, landing)
+    assert edge.ring is not None and not isinstance(region, Region)
+    return open_within(edge.regions, edge.ring, region, edge.fence.is_set, reactor, landing)

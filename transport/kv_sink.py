@@ -30,7 +30,7 @@ from polymux.transport.units import TransferId, WorkerId
 from polymux.transport.wire import decode_as, encode
 
 if TYPE_CHECKING:
-    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.cuda.region import DeviceRegion, MappedRegion
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class KVSink:
         self,
         *,
         region: Region | DeviceRegion,
-        followers: Sequence[Region] = (),
+        followers: Sequence[Region | MappedRegion] = (),
         identity: Peer,
         token: str,
         on_event: Callable[[KVEvent], None],
@@ -231,7 +231,7 @@ class KVSink:
 
         assert not isinstance(self._region, Region)
         intro = self._join(edge, PeerKind.KV_CUDA_IPC, terms)
-        return await open_cuda_ipc(edge.peer.address, intro, self._token, deadline_s, terms.region_bytes, self._region, self._reactor, edge)
+        return await open_cuda_ipc(edge.peer.address, intro, self._token, deadline_s, terms, self._region, self._reactor, edge)
 
     async def _try_nccl(self, terms: EdgeTerms, edge: KVEdge, deadline_s: float) -> Receiver:
         from polymux.transport.kv_nccl import open_nccl  # which needs torch

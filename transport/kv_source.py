@@ -30,7 +30,7 @@ from polymux.transport.units import Epoch, WorkerId
 from polymux.transport.wire import decode_as, encode
 
 if TYPE_CHECKING:
-    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.cuda.region import DeviceRegion, MappedRegion
     from polymux.transport.kv_cuda_ipc import EventRing
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class KVSource:
         *,
         server: WorkerServer,
         region: Region | DeviceRegion,
-        followers: Sequence[Region] = (),
+        followers: Sequence[Region | MappedRegion] = (),
         host_id: str,
         on_order: Callable[[OrderRef, Prefill], None],
         on_cancel: Callable[[OrderRef, str], None],
@@ -61,7 +61,7 @@ class KVSource:
     ) -> None:
         self._server = server
         self._region = region
-        self._regions: tuple[Region | DeviceRegion, ...] = (region, *followers)
+        self._followers = tuple(followers)
         self._host_id = host_id
         self._settings = settings or KVSettings()
         self._context = SourceContext(
@@ -69,7 +69,8 @@ class KVSource:
             self._settings,
             server.reactor,
             region.grids(followers),
-            self._regions,
+            region,
+            self._followers,
             on_order,
             on_cancel,
             on_released,
@@ -208,7 +209,7 @@ class KVSource:
         for edge in list(self._edges.values()):
             edge.shut(PeerLost("the prefill worker stops"))
         self._context.grids.close()
-        self._context.regions = ()
+        self._context.followers = self._followers = ()
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -257,23 +258,24 @@ class KVSource:
             region_bytes=self._region.nbytes,
             backends=offered(self._settings.backend, self._device, has_descriptor=bool(self._unix_name)),
             unix_name=self._unix_name,
-            num_ranks=len(self._regions),
+            num_ranks=1 + len(self._followers),
             device=self._device,
         )
 
     def _hand_over(self, sock: socket, ring: EventRing | None) -> None:
-        for region in self._regions:
-            if isinstance(region, Region):
-                fd = region.read_only_fd()
-                try:
-                    send_fd(sock, fd)
-                finally:
-                    os.close(fd)
-            else:
-                from polymux.transport.kv_cuda_ipc import export  # which needs torch
+        if not isinstance(self._region, Region):
+            from polymux.transport.kv_cuda_ipc import export  # which needs torch
 
-                assert ring is not None
-                sock.send(frame(encode(export(region, ring))))  # a few kilobytes into an empty buffer
+            assert ring is not None
+            sock.send(frame(encode(export(self._region, self._followers, ring))))  # a few kilobytes into an empty buffer
+            return
+        for region in (self._region, *self._followers):
+            assert isinstance(region, Region)
+            fd = region.read_only_fd()
+            try:
+                send_fd(sock, fd)
+            finally:
+                os.close(fd)
 
     def _forget(self, edge: SourceEdge) -> None:
         log.info("kv.edge_lost peer=%s backend=%s why=%s", edge.sink.worker_id, edge.backend, edge.lost)

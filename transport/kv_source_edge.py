@@ -44,7 +44,7 @@ from polymux.transport.units import MIB, Epoch, TransferId, WorkerId
 from polymux.transport.wire import decode, encode
 
 if TYPE_CHECKING:
-    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.cuda.region import DeviceRegion, MappedRegion
     from polymux.transport.kv_cuda_ipc import EventRing
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class SourceContext:
     settings: KVSettings
     reactor: Reactor
     grids: Grids[Grid]
-    regions: tuple[Region | DeviceRegion, ...]  # of each rank
+    region: Region | DeviceRegion
+    followers: tuple[Region | MappedRegion, ...]  # of the other ranks
     on_order: Callable[[OrderRef, Prefill], None]
     on_cancel: Callable[[OrderRef, str], None]
     on_released: Callable[[OrderRef], None]
@@ -88,7 +89,7 @@ class SourceEdge:
         self.settled = asyncio.Event()  # lost, and every order was released
         self.orders: dict[TransferId, SourceOrder] = {}
         self._context = context
-        self._region = context.regions[0]
+        self._region = context.region
         self._epoch = epoch
         self._on_closed = on_closed
         self._loop = context.reactor.loop
@@ -141,7 +142,7 @@ class SourceEdge:
 
     def begin(self, terms: EdgeTerms) -> None:
         self._ring = None if isinstance(self._region, Region) else self._region.rings.take()
-        expose(self.secret, self._context.regions, self._ring)
+        expose(self.secret, (self._region, *self._context.followers), self._ring)
         self._channel.send(encode(terms))
         self._channel.start()
 

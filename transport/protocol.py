@@ -118,7 +118,8 @@ class JoinEdge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IpcTerms:
-    """Answer to a connection of kind KV_CUDA_IPC: the region's handle, and those of the events that say when a move's blocks are final.
+    """Answer to a connection of kind KV_CUDA_IPC: the handles of each rank's region, and of the events that say when a move's blocks are
+    final on all of them.
 
     Move number `seq` waits for event `seq` modulo their number; a handle has 64 bytes.
     """

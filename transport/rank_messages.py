@@ -31,10 +31,19 @@ class StartRank:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """A rank's arena on a GPU, for rank 0 to map."""
+
+    gpu: str  # its uuid
+    handle: bytes  # of CUDA IPC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankStarted:
-    """The answer. The descriptor of the rank's arena comes behind it, where that is host memory."""
+    """The answer. `memory` None: the arena is host memory, and its descriptor comes behind."""
 
     pid: int
+    memory: RankMemory | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from polymux.transport.errors import ConfigError, GrantViolation
 from polymux.transport.head_slices import first_holders, sharded
 from polymux.transport.messages import KVLayout
 from polymux.transport.protocol import DeviceTerms
+
+if TYPE_CHECKING:
+    from polymux.transport.cuda.region import MappedRegion
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a peer that maps it can never meet SIGBUS
 
@@ -75,9 +78,12 @@ class Region:
     def mark(self) -> None:
         """What is pushed from host memory is final."""
 
-    def grids(self, followers: Sequence[Region] = ()) -> Grids[BlockGrid]:
+    def grids(self, followers: Sequence[Region | MappedRegion] = ()) -> Grids[BlockGrid]:
         """`followers`: the regions of an instance's other ranks."""
-        return grids_over([self.buffer, *(follower.buffer for follower in followers)])
+        others = [follower.buffer for follower in followers if isinstance(follower, Region)]
+        if len(others) < len(followers):
+            raise ConfigError("the first rank of an instance is on a CPU and another is not; give all the same device")
+        return grids_over([self.buffer, *others])
 
     def read_only_fd(self) -> int:
         """A new descriptor through which the memory can be read and not written; the caller closes it."""

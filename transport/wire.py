@@ -91,6 +91,7 @@ _TAGS: dict[int, type] = {
     106: rank_messages.StepModel,
     107: rank_messages.RankFailed,
     108: rank_messages.DecodeModel,
+    109: rank_messages.RankMemory,
 }
 _TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
 

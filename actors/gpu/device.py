@@ -26,7 +26,11 @@ from polymux.actors.gpu.target import ImageTarget
 from polymux.actors.parallel.collectives import Collectives, Meeting
 from polymux.actors.parallel.nccl_collectives import join_by_nccl
 from polymux.transport.cuda.region import DeviceRegion as MigratingRegion
+from polymux.transport.cuda.region import MappedRegion
+from polymux.transport.cuda.runtime import CudaRuntime
+from polymux.transport.errors import ConfigError, CudaError
 from polymux.transport.nccl.api import Nccl
+from polymux.transport.rank_messages import RankMemory
 from polymux.transport.region import Region
 from polymux.transport.units import MIB
 
@@ -74,14 +78,15 @@ class CudaDevice:
     is_async = True
     keep_images_s = KEEP_IMAGES_S
 
-    def __init__(self, runtime: Runtime | None = None, graphs: Graphs | None = None) -> None:
-        """Raises ConfigError where there is none."""
+    def __init__(self, runtime: Runtime | None = None, graphs: Graphs | None = None, cuda: CudaRuntime | None = None) -> None:
+        """Raises ConfigError where there is none. `cuda`: in place of torch's own, which is loaded when other processes come in."""
         self._runtime: Runtime = runtime or TorchRuntime()
         self.torch_device = self._runtime.device
         self.pinned = PinnedMaps(self._runtime)
         self.graphs: Graphs | None = graphs or CudaGraphs()
         self._weights, self._out, self._in = (self._runtime.stream() for _ in range(3))
-        self._own: set[int] = set()  # where the regions' memory begins
+        self._cuda = cuda
+        self._own: set[int] = set()  # where the regions' memory begins, and that of other ranks
         self._is_closed = False
 
     def enter(self) -> None:
@@ -97,7 +102,7 @@ class CudaDevice:
         return region.memory
 
     def migrating(self, region: Region) -> Region | MigratingRegion:
-        return MigratingRegion.over(self.tensor(region))
+        return MigratingRegion.over(self.tensor(region), self._cuda)
 
     def use_for_weights(self, region: Region, nbytes: int) -> None:
         return
@@ -165,6 +170,26 @@ class CudaDevice:
 
     def mark(self) -> _Mark:
         return _Mark(self._runtime.compute.record())
+
+    def lend(self, region: Region) -> RankMemory:
+        cuda = self._cuda or CudaRuntime.load()
+        cuda.set_device(self._index)
+        return RankMemory(gpu=cuda.uuid(self._index), handle=cuda.memory_handle(self.tensor(region).data_ptr()))
+
+    def borrow(self, memory: RankMemory, nbytes: int) -> MappedRegion:
+        cuda = self._cuda or CudaRuntime.load()
+        try:
+            mapped = MappedRegion(cuda, self._index, memory.handle, nbytes, self.torch_device)
+        except CudaError as error:
+            raise ConfigError(
+                f"{cuda.uuid(self._index)} cannot map the arena of a rank on {memory.gpu}: {error}; ranks need GPUs that reach each other"
+            ) from error
+        self._own.add(mapped.address)
+        return mapped
+
+    @property
+    def _index(self) -> int:
+        return self.torch_device.index or 0
 
     def meeting_place(self, folder: Path) -> bytes:
         return Nccl.load().unique_id()

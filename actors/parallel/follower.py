@@ -76,8 +76,10 @@ class Follower:
         self._device.use_for_weights(self._region, start.weight_reserve_bytes)
         self._loader = Loader(StoreClient(start.store_address, start.token, start.shard).fetch)
         self._residents: dict[ModelName, _Resident] = {}
-        channel.send(RankStarted(pid=os.getpid()))
-        if self._region.fd is not None:
+        memory = self._device.lend(self._region)
+        channel.send(RankStarted(pid=os.getpid(), memory=memory))
+        if memory is None:
+            assert self._region.fd is not None
             channel.send_fd(self._region.fd)
         shard, is_invariant = start.shard, start.batch_invariant
         self._ranks = self._device.join(

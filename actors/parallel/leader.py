@@ -1,8 +1,8 @@
 """Rank 0's hold on the other ranks of its instance: their processes, what they are told, and the fence when one of them is lost.
 
-An instance lives on one host. The other ranks' arenas are mapped here, so rank 0 alone moves their KV, in and out of the instance and
-within it; weights they load themselves. A rank that dies, fails or is silent for longer than the deadline ends the instance: every rank is
-killed, which also wakes whoever waits for a sum, and every later call raises the same RankLost.
+An instance lives on one host. The other ranks' arenas are mapped here, by their descriptors or, on GPUs, by CUDA IPC, so rank 0 alone moves
+their KV, in and out of the instance and within it; weights they load themselves. A rank that dies, fails or is silent for longer than the
+deadline ends the instance: every rank is killed, which also wakes whoever waits for a sum, and every later call raises the same RankLost.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from polymux.actors.device import CpuDevice, Device
 from polymux.actors.model_runner import ForwardBatch, OnLaunch
 from polymux.actors.parallel.channel import RankChannel
 from polymux.actors.parallel.collectives import Collectives, Meeting
+from polymux.transport.cuda.region import MappedRegion
 from polymux.transport.errors import ConfigError, ModelLoading, PolymuxError, RankLost
 from polymux.transport.handshake import from_report
 from polymux.transport.messages import ModelSpec, Shard
@@ -104,7 +105,7 @@ class Ranks:
         """
         self.settings = settings
         self.lost: RankLost | None = None
-        self.regions: tuple[Region, ...] = ()  # of ranks 1 and up
+        self.regions: tuple[Region | MappedRegion, ...] = ()  # of ranks 1 and up
         self._on_lost = on_lost
         self._device: Device = device or CpuDevice()
         self._program = tuple(program)
@@ -129,7 +130,10 @@ class Ranks:
     @property
     def memories(self) -> tuple[Tensor, ...]:
         """The arenas of ranks 1 and up as bytes, as this process sees them; with rank 0's, a KV block is that of its id in all of them."""
-        return tuple(torch.frombuffer(region.buffer, dtype=torch.uint8) for region in self.regions)
+        return tuple(
+            region.tensor if isinstance(region, MappedRegion) else torch.frombuffer(region.buffer, dtype=torch.uint8)
+            for region in self.regions
+        )
 
     @property
     def collectives(self) -> Collectives:
@@ -251,8 +255,12 @@ class Ranks:
             raise self.lost
 
     def close(self) -> None:
-        """End every rank, and give their memory back. May be called twice."""
+        """End every rank, and give their memory back, to or from which nothing is copied any more. May be called twice."""
         self._is_closing = True
+        for region in self.regions:
+            if self.lost is None or isinstance(region, Region):  # what a GPU may still be at goes with this process
+                region.close()
+        self.regions = ()
         for rank in self._ranks:
             rank.channel.shut()
         until_s = time.monotonic() + EXIT_S
@@ -268,9 +276,7 @@ class Ranks:
             rank.channel.close()
         if self._collectives is not None:
             self._collectives.close()
-        for region in self.regions:
-            region.close()
-        self._ranks, self._readers, self.regions = [], [], ()
+        self._ranks, self._readers = [], []
         self._folder.cleanup()
 
     # -- their processes ----------------------------------------------------------------------------------------------
@@ -298,8 +304,8 @@ class Ranks:
                     max_num_seqs=settings.max_num_seqs,
                 )
             )
-        regions = [self._adopt(rank) for rank in self._ranks]
-        self.regions = tuple(region for region in regions if region is not None)
+        for rank in self._ranks:
+            self.regions += (self._adopt(rank),)
         self._collectives = self._device.join(
             Meeting(
                 place=place,
@@ -311,14 +317,14 @@ class Ranks:
             )
         )
 
-    def _adopt(self, rank: _Rank) -> Region | None:
-        """A rank's arena, once it has said that it has one; None where only its own process reaches that."""
+    def _adopt(self, rank: _Rank) -> Region | MappedRegion:
+        """A rank's arena, once it has said that it has one."""
         answer = rank.channel.receive(BOOT_S)
         if isinstance(answer, RankFailed):
             raise from_report(answer.error)
         assert isinstance(answer, RankStarted), answer
-        if self.settings.device != "cpu":
-            return None
+        if answer.memory is not None:
+            return self._device.borrow(answer.memory, self.settings.arena_bytes)
         return Region.adopt(rank.channel.receive_fd(BOOT_S), self.settings.arena_bytes)
 
     def _read(self, rank: _Rank) -> None:

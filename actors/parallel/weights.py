@@ -24,9 +24,10 @@ from polymux.actors.parallel.host_blocks import shares
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.weights.load import Fetch, Load, Target
 from polymux.actors.weights.loader import Loader
-from polymux.transport.cuda.region import DeviceRegion
+from polymux.transport.cuda.region import DeviceRegion, MappedRegion
 from polymux.transport.image_maps import ImageMaps
 from polymux.transport.messages import ModelSpec
+from polymux.transport.rank_messages import RankMemory
 from polymux.transport.region import Region
 
 
@@ -114,6 +115,12 @@ class RankDevice:
 
     def mark(self) -> Mark:
         return self._inner.mark()
+
+    def lend(self, region: Region) -> RankMemory | None:
+        return self._inner.lend(region)
+
+    def borrow(self, memory: RankMemory, nbytes: int) -> MappedRegion:
+        return self._inner.borrow(memory, nbytes)
 
     def meeting_place(self, folder: Path) -> bytes:
         return self._inner.meeting_place(folder)

@@ -1,4 +1,4 @@
-"""KV blocks to and from one contiguous slab, for transfers and swaps: whole blocks, some of their layers, or a slice of their heads."""
+"""KV blocks to and from a slab, for transfers: whole blocks, some of their layers, or a slice of their heads, on either side."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ def _copy_blocks(
     num_words,
     block_stride,
     run_stride,
+    piece_stride,
+    piece_run_stride,
     GATHERS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """`run` words in a row, `num_words / run` times a block, `run_stride` apart, from word `first` of each block on."""
+    """`run` words in a row, `num_words / run` times a block, `run_stride` apart, from word `first` of each block on.
+
+    In the slab a block's piece is `piece_stride` words behind the last one's, and its runs are `piece_run_stride` apart.
+    """
     place = tl.program_id(0)
     words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     mask = words < num_words
     block = pool + tl.load(block_ids + place).to(tl.int64) * block_stride + first + (words // run) * run_stride + words % run
-    piece = slab + place.to(tl.int64) * num_words + words
+    piece = slab + place.to(tl.int64) * piece_stride + (words // run) * piece_run_stride + words % run
     if GATHERS:
         tl.store(piece, tl.load(block, mask=mask), mask=mask)
     else:
@@ -51,23 +56,26 @@ def _launch(kv: Tensor, block_ids: Tensor, slab: Tensor, layers: slice, heads: s
     first_head, end_head, _ = heads.indices(num_heads)
     strip = slots * dim * kv.element_size()
     num_strips = (end_layer - first_layer) * 2 * (end_head - first_head)
-    assert kv.is_contiguous() and slab.is_contiguous() and slab.numel() * slab.element_size() == len(block_ids) * num_strips * strip
+    assert kv.is_contiguous() and slab.shape == (len(block_ids), end_layer - first_layer, 2, end_head - first_head, slots, dim)
     if not len(block_ids) or not num_strips:
         return
     assert strip % 8 == 0 and not kv.data_ptr() % 8 and not slab.data_ptr() % 8, "K or V of a head is not made of whole words"
+    assert slab.stride()[3:] == (slots * dim, dim, 1) and slab.stride(1) == 2 * slab.stride(2), "a slab of other than runs of heads"
     words = strip // 8
     first = (first_layer * 2 * num_heads + first_head) * words
     num_words = num_strips * words
-    run = num_words if end_head - first_head == num_heads else (end_head - first_head) * words
+    run = num_words if end_head - first_head == num_heads and slab.is_contiguous() else (end_head - first_head) * words
     _copy_blocks[(len(block_ids), triton.cdiv(num_words, WORDS))](
         kv.view(-1).view(torch.int64),
         block_ids,
-        slab.view(-1).view(torch.int64),
+        slab.flatten(4).view(torch.int64),
         first,
         run,
         num_words,
         num_layers * 2 * num_heads * words,
         num_heads * words,
+        slab.stride(0) * kv.element_size() // 8,
+        slab.stride(2) * kv.element_size() // 8,
         GATHERS=gathers,
         WORDS=WORDS,
         num_warps=8,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import stand_in
-from backends import GPU_BACKENDS, HOST_BACKENDS, config_of, eventually
+from backends import BETWEEN_RANKS, GPU_BACKENDS, HOST_BACKENDS, config_of, eventually
 from processes import Child, bury, spawn
 
 KV_PEER = Path(__file__).with_name("kv_peer.py")
@@ -75,7 +75,10 @@ def at_rest() -> Iterator[Any]:
     stand_in.turn(**stand_in.RESTED)
 
 
-@pytest.fixture(params=[*HOST_BACKENDS, *GPU_BACKENDS, "fault+shm", "fault+tcp", "fault+cuda_ipc", "fault+nccl"])
+WRAPPED = [f"fault+{name}" for name in ("shm", "tcp", "cuda_ipc", "nccl", "cuda_ipc@1:2", "nccl@2:2")]
+
+
+@pytest.fixture(params=[*HOST_BACKENDS, *GPU_BACKENDS, *BETWEEN_RANKS, *WRAPPED])
 def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Configuration of either side for one backend; wrapped, with a peer that must confirm the quiet, and late messages."""
     name: str = request.param

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from polymux.transport.errors import PolymuxError
+from polymux.transport.head_slices import heads_of, sharded
 from polymux.transport.kv import KVCommitted, KVEdge, KVEvent, KVFailed, KVQuiesced, KVSettings, KVSink, KVSource, OrderRef
 from polymux.transport.kv_fault import Action, Fault, Faults
 from polymux.transport.messages import Grant, KVLayout, Peer, Prefill, Prefilled, SamplingParams
@@ -34,16 +35,20 @@ LAYOUTS = {
     "small": KVLayout(num_layers=4, num_kv_heads=2, head_dim=16, dtype="bfloat16", block_size=16),  # 8 KiB a block
     "large": KVLayout(num_layers=8, num_kv_heads=2, head_dim=16, dtype="float32", block_size=16),  # 32 KiB a block
 }
-REGION_BYTES = NUM_BLOCKS * LAYOUTS["small"].block_bytes
 SETTINGS = {"silence_s": 5.0, "acknowledge_s": 3.0, "checksum_every": 1}
 
 
 def pattern(sequence_id: str, num_blocks: int, layout: KVLayout) -> Any:
     """What a sequence's KV is: different in every layer of every block."""
-    words = layout.layer_bytes // 8
+    words = layout.moved_layer_bytes // 8
     block, layer, word = np.ogrid[:num_blocks, : layout.num_layers, :words]
     seed = np.uint64(zlib.crc32(sequence_id.encode()) << 32)
     return seed + ((block << 16) + (layer << 10) + word).astype(np.uint64)
+
+
+def num_units(layout: KVLayout) -> int:
+    """Blocks of the small layout that one of this layout is as large as, on as many ranks."""
+    return layout.block_bytes // sharded(LAYOUTS["small"], layout.num_ranks).block_bytes
 
 
 class Pool:
@@ -56,7 +61,7 @@ class Pool:
 
     def take(self, count: int, layout: KVLayout) -> list[int]:
         """Scattered, in random order. Raises IndexError when there are not enough."""
-        per = layout.block_bytes // LAYOUTS["small"].block_bytes
+        per = num_units(layout)
         with self._lock:
             able = [b for b in range(NUM_BLOCKS // per) if all(b * per + i in self.free for i in range(per))]
             if len(able) < count:
@@ -66,7 +71,7 @@ class Pool:
         return blocks
 
     def give(self, blocks: list[int], layout: KVLayout) -> None:
-        per = layout.block_bytes // LAYOUTS["small"].block_bytes
+        per = num_units(layout)
         units = {b * per + i for b in blocks for i in range(per)}
         with self._lock:
             assert not units & self.free, "given back twice"
@@ -77,56 +82,85 @@ class Pool:
         return len(self.free) == NUM_BLOCKS
 
 
-def region_of(config: dict[str, Any]) -> Any:
-    """`gpu`: "stand-in", or "cuda" for a real one; `limits` are those of its communicators."""
+def region_bytes(num_ranks: int) -> int:
+    """Of each rank."""
+    return NUM_BLOCKS * sharded(LAYOUTS["small"], num_ranks).block_bytes
+
+
+def regions_of(config: dict[str, Any], side: int) -> list[Any]:
+    """`gpu`: "stand-in", or "cuda" for a real one; `limits` are those of its communicators. `ranks`: of the source and of the sink (side 0
+    and 1). `handles`: what processes of the other ranks have, in hexadecimal; without them this process has the memory of all ranks."""
+    num_ranks = config.get("ranks", (1, 1))[side]
+    nbytes = region_bytes(num_ranks)
     if "gpu" not in config:
-        return Region.wrap(bytearray(REGION_BYTES)) if config.get("plain") else Region.create(REGION_BYTES)
+        return [Region.wrap(bytearray(nbytes)) if config.get("plain") else Region.create(nbytes) for _ in range(num_ranks)]
     from polymux.transport.cuda.mover import Mover
-    from polymux.transport.cuda.region import DeviceRegion
+    from polymux.transport.cuda.region import DeviceRegion, MappedRegion
     from polymux.transport.nccl.comm import CommLimits
 
     if config["gpu"] == "cuda":
-        region = DeviceRegion.create(REGION_BYTES)
+        region = DeviceRegion.create(nbytes)
     else:
         import stand_in
 
-        region = stand_in.region(REGION_BYTES, config.get("nccl_path"))
+        region = stand_in.region(nbytes, config.get("nccl_path"))
     fence = {"fence": config["fence"]} if "fence" in config else {}
     region._mover = Mover(region, nccl_path=region._nccl_path, limits=CommLimits(**config.get("limits", {})), **fence)
-    return region
+    if "handles" in config:
+        handles = map(bytes.fromhex, config["handles"])
+        others = [MappedRegion(region.runtime, region.index, handle, nbytes, region.device) for handle in handles]
+    else:
+        others = [stand_in.OtherRank(region) for _ in range(num_ranks - 1)]
+    return [region, *others]
 
 
-def write(region: Any, layout: KVLayout, block_ids: list[int], layers: range, cells: Any) -> Any:
-    """Put 64-bit words there; on a GPU, the event after which they are there."""
+def words_of(region: Any, layout: KVLayout) -> Any:
+    """A rank's blocks: [block, layer, k|v, head, 64-bit word]."""
     if isinstance(region, Region):
-        BlockGrid(region.buffer, layout).array[block_ids, layers.start : layers.stop] = cells
-        return None
+        return BlockGrid(region.buffer, layout).heads
     import torch
 
     from polymux.transport.cuda.region import DeviceGrid
 
-    rows = words_of(DeviceGrid(region.tensor, layout))
-    words = torch.from_numpy(np.broadcast_to(cells, (len(block_ids), len(layers), rows.shape[2])).astype(np.int64))
-    rows[torch.tensor(block_ids, device=rows.device), layers.start : layers.stop] = words.to(rows.device)
-    return region.mark()
+    grid = DeviceGrid(region.tensor, layout)
+    return grid.kv.view(-1).view(torch.int64).view(grid.num_blocks, layout.num_layers, 2, layout.rank_kv_heads, -1)
 
 
-def words_of(grid: Any) -> Any:
-    """[block, layer, 64-bit word]"""
-    import torch
+def write(regions: list[Any], layout: KVLayout, block_ids: list[int], layers: range, cells: Any) -> Any:
+    """Put 64-bit words there, on each rank those of its heads; on a GPU, the event after which they are there."""
+    shape = (len(block_ids), len(layers), 2, layout.num_kv_heads, layout.head_bytes // 8)
+    whole = np.broadcast_to(cells, (*shape[:2], layout.moved_layer_bytes // 8)).reshape(shape)
+    shard = sharded(layout, len(regions))
+    for rank, region in enumerate(regions):
+        part, rows = whole[:, :, :, list(heads_of(shard, rank))], words_of(region, shard)
+        if isinstance(region, Region):
+            rows[block_ids, layers.start : layers.stop] = part
+            continue
+        import torch
 
-    return grid.kv.view(-1).view(torch.int64).view(grid.num_blocks, grid.layout.num_layers, -1)
+        ids = torch.tensor(block_ids, device=rows.device)
+        rows[ids, layers.start : layers.stop] = torch.from_numpy(part.astype(np.int64)).to(rows.device)
+    return regions[0].mark()
 
 
-def read(region: Any, layout: KVLayout, block_ids: list[int]) -> Any:
-    if isinstance(region, Region):
-        return BlockGrid(region.buffer, layout).array[block_ids]
-    import torch
+def read(regions: list[Any], layout: KVLayout, block_ids: list[int]) -> Any:
+    """[block, layer, 64-bit word] of all heads, which those that hold the same ones agree on."""
+    shard = sharded(layout, len(regions))
+    whole = np.zeros((len(block_ids), layout.num_layers, 2, layout.num_kv_heads, layout.head_bytes // 8), dtype=np.uint64)
+    for rank, region in enumerate(regions):
+        rows, heads = words_of(region, shard), heads_of(shard, rank)
+        part = rows[block_ids] if isinstance(region, Region) else rows[block_ids].cpu().numpy().astype(np.uint64)
+        assert not rank or heads.start not in heads_of(shard, rank - 1) or np.array_equal(whole[:, :, :, list(heads)], part), rank
+        whole[:, :, :, list(heads)] = part
+    return whole.reshape(len(block_ids), layout.num_layers, -1)
 
-    from polymux.transport.cuda.region import DeviceGrid
 
-    rows = words_of(DeviceGrid(region.tensor, layout))
-    return rows[torch.tensor(block_ids, device=rows.device)].cpu().numpy().astype(np.uint64)
+def close_all(regions: list[Any]) -> None:
+    """The first one last: its mover may copy from the others."""
+    if not isinstance(regions[0], Region):
+        regions[0].mover.close()
+    for region in reversed(regions):
+        region.close()
 
 
 def faults_of(config: dict[str, Any]) -> Faults | None:
@@ -153,7 +187,8 @@ class Prefiller:
     def __init__(self, **config: Any) -> None:
         self.epoch = Epoch(config.get("epoch", 3))
         self.pool = Pool(seed=1)
-        self.region = region_of(config)
+        self.regions = regions_of(config, 0)
+        self.region = self.regions[0]
         self.server = WorkerServer(
             worker_id=WorkerId(config.get("worker_id", "prefill-0")),
             token=config.get("token", TOKEN),
@@ -173,6 +208,7 @@ class Prefiller:
         self.source = KVSource(
             server=self.server,
             region=self.region,
+            followers=self.regions[1:],
             host_id=self.host_id,
             on_order=self._on_order,
             on_cancel=self._on_cancel,
@@ -188,7 +224,7 @@ class Prefiller:
         if self.refusal:
             raise self.refusal
         self.ordered.append(ref)
-        job = _Job(ref, prefill, LAYOUTS[prefill.model], [])
+        job = _Job(ref, prefill, sharded(LAYOUTS[prefill.model], len(self.regions)), [])
         self._jobs[ref] = job
         self._queue.put(job)
 
@@ -201,7 +237,7 @@ class Prefiller:
         with job.lock:
             job.is_cancelled = job.is_released = True
             if job.blocks:
-                write(self.region, job.layout, job.blocks, range(job.layout.num_layers), np.uint64(0xDEAD))
+                write(self.regions, job.layout, job.blocks, range(job.layout.num_layers), np.uint64(0xDEAD))
             self.pool.give(job.blocks, job.layout)
         self.released.append(ref)
 
@@ -236,7 +272,7 @@ class Prefiller:
                 return False
             ids, cells = job.blocks[blocks.start : blocks.stop], pattern(job.prefill.sequence_id, len(job.blocks), job.layout)
             some = cells[blocks.start : blocks.stop, layers.start : layers.stop]
-            ready = write(self.region, job.layout, ids, layers, some) if ids else None
+            ready = write(self.regions, job.layout, ids, layers, some) if ids else None
         return self.source.push(job.ref, layers.start, layers.stop, ids, blocks.start, ready)
 
     def commit(self, job: _Job) -> bool:
@@ -250,7 +286,7 @@ class Prefiller:
         self._thread.join()
         self.source.close()
         self.server.close()
-        self.region.close()
+        close_all(self.regions)
 
     def report(self) -> dict[str, Any]:
         return {"whole": self.is_whole(), "ordered": len(self.ordered), "released": len(self.released), "free": len(self.pool.free)}
@@ -289,7 +325,8 @@ class Decoder:
 
     def __init__(self, **config: Any) -> None:
         self.pool = Pool(seed=2)
-        self.region = region_of(config)
+        self.regions = regions_of(config, 1)
+        self.region = self.regions[0]
         self.epoch = Epoch(config.get("epoch", 5))
         worker_id = WorkerId(config.get("worker_id", "decode-0"))
         self.identity = Peer(worker_id=worker_id, epoch=self.epoch, address="", host_id=config.get("host_id", this_host()))
@@ -298,6 +335,7 @@ class Decoder:
         self._lock = threading.Lock()
         self.sink = KVSink(
             region=self.region,
+            followers=self.regions[1:],
             identity=self.identity,
             token=config.get("token", TOKEN),
             on_event=self._on_event,
@@ -306,7 +344,7 @@ class Decoder:
         )
 
     def prefill_of(self, transfer: Transfer, peer: Peer, deadline_s: float, **grant: Any) -> Prefill:
-        model = next(name for name, layout in LAYOUTS.items() if layout == transfer.layout)
+        model = next(name for name, layout in LAYOUTS.items() if layout.layout_hash == transfer.layout.layout_hash)
         granted = {
             "transfer_id": transfer.transfer_id,
             "layout_hash": transfer.layout.layout_hash,
@@ -329,7 +367,7 @@ class Decoder:
 
     def order(self, edge: KVEdge, count: int, *, layout: str = "small", deadline_s: float = 5.0, **grant: Any) -> Transfer:
         """Grant `count` scattered blocks. What `edge.order` raises is raised, and then nothing is held."""
-        shape = LAYOUTS[layout]
+        shape = sharded(LAYOUTS[layout], len(self.regions))
         transfer_id = self.sink.next_transfer_id()
         transfer = Transfer(transfer_id, SequenceId(f"r{transfer_id}/0"), shape, self.pool.take(count, shape))
         self.transfers[transfer_id] = transfer
@@ -347,7 +385,7 @@ class Decoder:
             if isinstance(event, KVCommitted):
                 assert event.sequence_id == event.prefilled.sequence_id == transfer.sequence_id
                 expected = pattern(transfer.sequence_id, len(transfer.blocks), transfer.layout)
-                self.num_wrong += not np.array_equal(read(self.region, transfer.layout, transfer.blocks), expected)
+                self.num_wrong += not np.array_equal(read(self.regions, transfer.layout, transfer.blocks), expected)
             if not isinstance(event, KVFailed):
                 self.pool.give(transfer.blocks, transfer.layout)
             transfer.events.append(event)
@@ -373,7 +411,7 @@ class Decoder:
 
     def close(self) -> None:
         self.sink.close()
-        self.region.close()
+        close_all(self.regions)
 
     def report(self) -> dict[str, Any]:
         is_whole = self.is_whole()  # first: outcomes that are read before may be older

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from polymux.transport.cuda.region import DeviceRegion
+from polymux.transport.cuda.region import DeviceRegion, MappedRegion
 from polymux.transport.cuda.runtime import CudaRuntime
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -43,6 +43,20 @@ def library() -> str:
 def region(nbytes: int, nccl_path: str | None = None) -> DeviceRegion:
     path = library()
     return DeviceRegion.allocate(CudaRuntime.load(path), 0, nbytes, torch.device("cpu"), nccl_path or path)
+
+
+class OtherRank(MappedRegion):
+    """What a process of another rank would have, taken and mapped by this one."""
+
+    def __init__(self, first: DeviceRegion) -> None:
+        self._taken = first.runtime.malloc(first.nbytes)
+        super().__init__(first.runtime, first.index, first.runtime.memory_handle(self._taken), first.nbytes, first.device)
+
+    def close(self) -> None:
+        super().close()
+        taken, self._taken = self._taken, 0
+        if taken:
+            self._runtime.free(taken)
 
 
 def turn(**knobs: int) -> None:

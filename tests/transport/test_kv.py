@@ -16,6 +16,7 @@ from polymux.transport.errors import (
     StaleEpoch,
     TransferTimeout,
 )
+from polymux.transport.head_slices import sharded
 from polymux.transport.kv_tcp import TcpSender
 from polymux.transport.units import Epoch, TransferId, pack_ids
 
@@ -60,7 +61,7 @@ def test_many_transfers_one_after_the_other_leave_nothing(joined: Any) -> None:
         assert {t.outcome for t in decoder.transfers.values()} == {"committed"}
         (stats,) = decoder.sink.snapshot()
         assert (stats.committed, stats.num_outstanding, stats.bytes_outstanding) == (60, 0, 0)
-        assert stats.bytes == sum(len(t.blocks) * t.layout.block_bytes for t in decoder.transfers.values())
+        assert stats.bytes == sum(len(t.blocks) * t.layout.num_layers * t.layout.moved_layer_bytes for t in decoder.transfers.values())
         assert stats.seconds > 0 and stats.moves > 0 and stats.failed == ()
 
 
@@ -309,9 +310,10 @@ def test_a_transfer_that_nobody_fills_times_out_and_is_released_on_both_sides(jo
         assert edge.is_open
 
 
-def test_credits_bound_what_is_outstanding(joined: Any) -> None:
+def test_credits_bound_what_is_outstanding(joined: Any, backend: dict[str, Any], kv_peer: Any) -> None:
     hold = threading.Event()
-    for limits in ({"max_transfers": 2}, {"max_bytes": 6 * 8192}):
+    layout = sharded(kv_peer.LAYOUTS["small"], backend.get("ranks", (1, 1))[1])
+    for limits in ({"max_transfers": 2}, {"max_bytes": 6 * layout.block_bytes}):  # of each rank
         hold.clear()
         with joined(sink={"settings": limits}) as (prefiller, decoder):
             prefiller.on_job = lambda job, prefiller=prefiller: (hold.wait(5), prefiller.run(job))

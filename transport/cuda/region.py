@@ -2,19 +2,21 @@
 
 The region is one allocation of its own, made past torch's caching allocator, so that a worker on the same host can map all of it by
 one handle, and so that nothing else is ever on it. Block `i` of a layout is where it is in a host region: bytes mean the same everywhere.
+
+Of an instance each rank has such memory in a process of its own, which rank 0 maps (`MappedRegion`) and hands on to who wants to read it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polymux.transport.cuda.runtime import CudaRuntime
-from polymux.transport.errors import ConfigError
+from polymux.transport.errors import ConfigError, CudaError
 from polymux.transport.kv_backend import DeviceEvent
 from polymux.transport.messages import ITEM_BYTES, KVLayout
 from polymux.transport.protocol import DeviceTerms
@@ -65,9 +67,9 @@ class DeviceRegion:
         return cls(runtime, index, as_tensor(runtime.malloc(nbytes), nbytes, device), is_owned=True, nccl_path=nccl_path)
 
     @classmethod
-    def over(cls, tensor: Tensor) -> DeviceRegion:
+    def over(cls, tensor: Tensor, runtime: CudaRuntime | None = None) -> DeviceRegion:
         """Memory that somebody else took, from the first byte to the last of one allocation, and gives back after `close`."""
-        return cls(CudaRuntime.load(), tensor.device.index or 0, tensor, is_owned=False)
+        return cls(runtime or CudaRuntime.load(), tensor.device.index or 0, tensor, is_owned=False)
 
     def mark(self) -> DeviceEvent | None:
         """All that the calling thread has given this GPU to do until now. None where the device is a stand-in of host memory."""
@@ -77,11 +79,18 @@ class DeviceRegion:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def grids(self, followers: Sequence[Region] = ()) -> Grids[DeviceGrid]:
-        """Raises ConfigError for an instance of several ranks: their memories are on as many GPUs."""
-        if followers:
-            raise ConfigError("KV of an instance of several ranks cannot move between GPUs; give its pool tensor_parallel: 1")
-        return Grids(partial(DeviceGrid, self.tensor))
+    def grids(self, followers: Sequence[Region | MappedRegion] = ()) -> Grids[DeviceGrid]:
+        """`followers`: what an instance's other ranks have, mapped here."""
+        mapped = [follower for follower in followers if isinstance(follower, MappedRegion)]
+        if len(mapped) < len(followers):
+            raise ConfigError("the first rank of an instance is on a GPU and another is not; give all the same device")
+        return device_grids([self.tensor, *(follower.tensor for follower in mapped)])
+
+    def handles(self, followers: Sequence[Region | MappedRegion] = ()) -> list[bytes]:
+        """What another process needs to map this memory, and that of each other rank."""
+        self.runtime.set_device(self.index)
+        own = self.runtime.memory_handle(self.address)
+        return [own, *(follower.handle for follower in followers if isinstance(follower, MappedRegion))]
 
     @property
     def mover(self) -> Mover:
@@ -120,11 +129,44 @@ class DeviceRegion:
             self.runtime.free(address)
 
 
-class DeviceGrid:
-    """The blocks of one layout over device memory: `kv[block, layer, k|v, kv_head, slot, head_dim]`, as integers of the items' size."""
+class MappedRegion:
+    """What another process has on a GPU of this host, readable and writable here under peer access; `tensor` is of this process's device.
 
-    def __init__(self, memory: Tensor, layout: KVLayout) -> None:
+    `handle` is the owner's: memory that was mapped cannot be exported again, but who is given the handle can map it too. To give memory
+    back while another process maps it is undefined: so this is closed first, when the owner is to end, and not at all once it was killed.
+    """
+
+    def __init__(self, runtime: CudaRuntime, index: int, handle: bytes, nbytes: int, device: torch.device) -> None:
+        """Raises CudaError where this GPU (`index`, for torch `device`) does not reach the other one, or the owner is gone."""
+        self._runtime = runtime
+        self._index = index
+        self.handle = handle
+        self.nbytes = nbytes
+        runtime.set_device(index)
+        self.address = runtime.open_memory(handle)
+        self.tensor = as_tensor(self.address, nbytes, device)
+
+    def close(self) -> None:
+        """Nothing may be copied to or from it any more. May be called twice."""
+        address, self.address = self.address, 0
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        if address:
+            with suppress(CudaError):  # its owner may be dead
+                self._runtime.set_device(self._index)
+                self._runtime.close_memory(address)
+
+
+class DeviceGrid:
+    """The blocks of one layout over device memory: `kv[block, layer, k|v, kv_head, slot, head_dim]`, as integers of the items' size.
+
+    `others`: the memories of an instance's other ranks, as large as the first.
+    """
+
+    def __init__(self, memory: Tensor, layout: KVLayout, others: Sequence[Tensor] = ()) -> None:
+        if others and len(others) + 1 != layout.num_ranks:
+            raise ConfigError(f"{len(others) + 1} ranks' memories cannot hold KV blocks of {layout.num_ranks} ranks")
         self.layout = layout
+        self.ranks: tuple[DeviceGrid, ...] = (self, *(DeviceGrid(other, layout) for other in others))
         self.num_blocks = memory.nbytes // layout.block_bytes
         item = {4: torch.int32, 2: torch.int16}[ITEM_BYTES[layout.dtype]]
         shape = (self.num_blocks, layout.num_layers, 2, layout.rank_kv_heads, layout.block_size, layout.head_dim)
@@ -133,3 +175,8 @@ class DeviceGrid:
     def check(self, block_ids: Sequence[int]) -> None:
         """Raise GrantViolation unless every id is a block of this grid."""
         check_ids(block_ids, self.num_blocks, self.layout)
+
+
+def device_grids(memories: Sequence[Tensor]) -> Grids[DeviceGrid]:
+    """Of one device memory, or of that of each rank."""
+    return Grids(lambda layout: DeviceGrid(memories[0], layout, memories[1:]), len(memories))

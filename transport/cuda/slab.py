@@ -1,7 +1,9 @@
 """Staging memory of a GPU's transfers: slabs on the device, each with the block ids and the checksum sample of the move that is in it.
 
 A move is gathered into one slab and sent from there, or received into one and scattered from there, so that one send does for thousands of
-scattered blocks, and so that no peer ever writes to a block, nor reads one.
+scattered blocks, and so that no peer ever writes to a block, nor reads one. In a slab a block has every head of the model once, in the
+model's order, whatever the ranks on either side: each side knows only its own degree, gathers from those that together hold all heads,
+and scatters to everyone that holds them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from polymux.kernels.choice import implementation
 from polymux.transport.cuda.region import DeviceGrid, DeviceRegion, as_tensor
 from polymux.transport.errors import CudaError, OutOfMemory
+from polymux.transport.head_slices import first_holders, heads_of
 from polymux.transport.protocol import MAX_MOVE_BLOCKS, MAX_MOVE_BYTES
 from polymux.transport.units import MIB
 
@@ -63,20 +66,17 @@ class Slab:
 
     def gather(self, grid: DeviceGrid, block_ids: Sequence[int], layers: range) -> None:
         """Blocks' layers, end to end, to the start of the slab. On the present lane."""
-        gather_blocks = implementation("gather_blocks", grid.kv.device)
-        some = slice(layers.start, layers.stop)
-        gather_blocks(grid.kv, self._upload(block_ids, 0), self._part(grid, len(block_ids), layers), some, _ALL_HEADS)
+        self._gather(grid, self._upload(block_ids, 0), layers)
 
     def scatter(self, grid: DeviceGrid, block_ids: Sequence[int], layers: range) -> None:
         scatter_blocks = implementation("scatter_blocks", grid.kv.device)
-        some = slice(layers.start, layers.stop)
-        scatter_blocks(grid.kv, self._upload(block_ids, MAX_MOVE_BLOCKS), self._part(grid, len(block_ids), layers), some, _ALL_HEADS)
+        ids, some = self._upload(block_ids, MAX_MOVE_BLOCKS), slice(layers.start, layers.stop)
+        for rank, one in enumerate(grid.ranks):
+            scatter_blocks(one.kv, ids, self._part(grid, rank, len(ids), layers), some, _ALL_HEADS)
 
     def gather_back(self, grid: DeviceGrid, count: int, layers: range) -> None:
         """After `scatter`: the first so many blocks as they lie in the grid now. Their ids are on the device already."""
-        gather_blocks = implementation("gather_blocks", grid.kv.device)
-        ids = self._ids[MAX_MOVE_BLOCKS : MAX_MOVE_BLOCKS + count]
-        gather_blocks(grid.kv, ids, self._part(grid, count, layers), slice(layers.start, layers.stop), _ALL_HEADS)
+        self._gather(grid, self._ids[MAX_MOVE_BLOCKS : MAX_MOVE_BLOCKS + count], layers)
 
     def download(self, nbytes: int) -> None:
         """Begin to bring the first bytes to the host, for `checksum`."""
@@ -90,9 +90,19 @@ class Slab:
         """Of what was downloaded, once that is done."""
         return zlib.crc32((ctypes.c_char * nbytes).from_address(self._sample_address)) if nbytes else 0
 
-    def _part(self, grid: DeviceGrid, count: int, layers: range) -> Tensor:
-        nbytes = count * len(layers) * grid.layout.layer_bytes
-        return self.memory[:nbytes].view(grid.kv.dtype).view(count, len(layers), *grid.kv.shape[2:])
+    def _gather(self, grid: DeviceGrid, ids: Tensor, layers: range) -> None:
+        gather_blocks = implementation("gather_blocks", grid.kv.device)
+        for rank in first_holders(grid.layout):
+            part = self._part(grid, rank, len(ids), layers)
+            gather_blocks(grid.ranks[rank].kv, ids, part, slice(layers.start, layers.stop), _ALL_HEADS)
+
+    def _part(self, grid: DeviceGrid, rank: int, count: int, layers: range) -> Tensor:
+        """Where a rank's heads are in the slab."""
+        layout = grid.layout
+        nbytes = count * len(layers) * layout.moved_layer_bytes
+        shape = (count, len(layers), 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        heads = heads_of(layout, rank)
+        return self.memory[:nbytes].view(grid.kv.dtype).view(shape)[:, :, :, heads.start : heads.stop]
 
     def _upload(self, block_ids: Sequence[int], at: int) -> Tensor:
         end = at + len(block_ids)

@@ -81,6 +81,7 @@ def launches() -> Iterator[Callable[[], object]]:
     for copy in (blocks.gather_blocks, blocks.scatter_blocks):
         yield partial(copy, kv, ids, torch.zeros(4, 1, 2, 4, 16, 128, dtype=torch.bfloat16), slice(0, 1), slice(None))
         yield partial(copy, kv, ids, torch.zeros(4, 2, 2, 2, 16, 128, dtype=torch.bfloat16), slice(None), slice(2, 4))
+        yield partial(copy, kv, ids, torch.zeros(4, 2, 2, 8, 16, 128, dtype=torch.bfloat16)[:, :, :, 4:], slice(None), slice(None))
     words, draws, filters = pack_picks([RowPick(draw=Draw(word=0, top_k=5, top_p=0.5))] * 2)
     for size in (1, 151_936):
         yield partial(pick.pick, torch.zeros(2, size), Picks.of(torch.from_numpy(words), draws=draws, filters=filters))
