@@ -2,8 +2,10 @@
 
 The prefill worker is a process of its own. A time is from the order to the commit that the decode worker's engine sees, with
 everything between; every byte of the first and the last transfer is compared. Then the prefill worker is killed in the middle of one.
+The same between two instances of two ranks, whose second ranks are processes that only have memory, on the same GPU.
 
-    python bench/gpu/edges.py source   # what `measure` starts for the other side
+    python bench/gpu/edges.py source BACKEND [HANDLE]   # what `measure` starts for the other side
+    python bench/gpu/edges.py memory                    # and for a second rank
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from pathlib import Path
 import torch
 
 from gpu.harness import Target, copy_bytes_per_s, note
-from polymux.transport.cuda.region import DeviceGrid, DeviceRegion
+from polymux.transport.cuda.region import DeviceGrid, DeviceRegion, MappedRegion
+from polymux.transport.head_slices import heads_of, sharded
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed, KVQuiesced, KVSettings, KVSink, KVSource, OrderRef
 from polymux.transport.messages import Grant, KVLayout, Peer, Prefill, Prefilled, SamplingParams
 from polymux.transport.region import this_host
@@ -40,6 +43,12 @@ TARGETS = (
     Target(name="edges.cuda_ipc.layers_s", claim="the same, pushed layer by layer (32)", unit="s", at_most=0.02),
     Target(name="edges.cuda_ipc.block_s", claim="one block of 2 MiB, from the order to the commit", unit="s", at_most=0.003),
     Target(name="edges.cuda_ipc.death_s", claim="kill of the prefill worker until the granted blocks are free", unit="s", at_most=1.0),
+    Target(
+        name="edges.ranks.share_of_copy_bandwidth",
+        claim="256 MiB in one push between two instances of two ranks each, cuda_ipc: bytes read and written, over a plain copy's",
+        at_least=0.25,
+    ),
+    Target(name="edges.ranks.layers_s", claim="the same, pushed layer by layer (32)", unit="s", at_most=0.02),
     Target(name="edges.nccl.sockets_bytes_per_s", claim="256 MiB by nccl, two ranks on one GPU over sockets: test only", unit="B/s"),
     Target(name="edges.nccl.join_s", claim="first communicator of two processes, from the dial to an open edge", unit="s", at_most=15.0),
     Target(name="edges.nccl.death_s", claim="the same kill under nccl", unit="s", at_most=2.0),
@@ -67,30 +76,65 @@ def scattered(seed: int) -> list[int]:
 SOURCE_BLOCKS, TARGET_BLOCKS = scattered(1), scattered(2)
 
 
-def words(region: DeviceRegion) -> torch.Tensor:
-    """[block, 64-bit word]"""
-    return DeviceGrid(region.tensor, LAYOUT).kv.view(-1).view(torch.int64).view(POOL_BLOCKS, -1)
+class Memories:
+    """One side's blocks: on one rank, or on a second one's too, which is mapped by its handle."""
 
+    def __init__(self, handle: str = "") -> None:
+        self.layout = sharded(LAYOUT, 2 if handle else 1)
+        nbytes = POOL_BLOCKS * self.layout.block_bytes
+        self.first = DeviceRegion.create(nbytes)
+        runtime, index, device = self.first.runtime, self.first.index, self.first.device
+        self.followers = [MappedRegion(runtime, index, bytes.fromhex(handle), nbytes, device)] if handle else []
 
-def content(count: int, device: torch.device) -> torch.Tensor:
-    """What the first so many moved blocks hold."""
-    num_words = LAYOUT.block_bytes // 8
-    return torch.arange(count, device=device)[:, None] * 1_000_003 + torch.arange(num_words, device=device)
+    def heads(self, rank: int) -> torch.Tensor:
+        """[block, layer, k|v, head, 64-bit word]"""
+        tensor = self.followers[0].tensor if rank else self.first.tensor
+        layout = self.layout
+        kv = DeviceGrid(tensor, layout).kv.view(-1).view(torch.int64)
+        return kv.view(POOL_BLOCKS, layout.num_layers, 2, layout.rank_kv_heads, -1)
+
+    def content(self, count: int, rank: int) -> torch.Tensor:
+        """What the first so many moved blocks hold on a rank."""
+        device, num_words = self.first.device, LAYOUT.block_bytes // 8
+        whole = torch.arange(count, device=device)[:, None] * 1_000_003 + torch.arange(num_words, device=device)
+        held = heads_of(self.layout, rank)
+        return whole.view(count, LAYOUT.num_layers, 2, LAYOUT.num_kv_heads, -1)[:, :, :, held.start : held.stop]
+
+    def fill(self) -> None:
+        for rank in range(self.layout.num_ranks):
+            self.heads(rank)[SOURCE_BLOCKS] = self.content(MOVED_BLOCKS, rank)
+        torch.cuda.synchronize()
+
+    def clear(self) -> None:
+        for rank in range(self.layout.num_ranks):
+            self.heads(rank).zero_()
+        torch.cuda.synchronize()
+
+    def check(self, count: int) -> None:
+        for rank in range(self.layout.num_ranks):
+            if not torch.equal(self.heads(rank)[TARGET_BLOCKS[:count]], self.content(count, rank)):
+                raise RuntimeError(f"{count} blocks arrived wrong on rank {rank}")
+
+    def close(self) -> None:
+        self.first.mover.close()
+        for follower in self.followers:
+            follower.close()
+        self.first.close()
 
 
 class Source:
     """A prefill worker whose blocks are ready. The order's model says how it pushes them: `whole`, `layers`, or `slow`ly."""
 
-    def __init__(self, backend: str) -> None:
-        self.region = DeviceRegion.create(POOL_BLOCKS * LAYOUT.block_bytes)
-        words(self.region)[SOURCE_BLOCKS] = content(MOVED_BLOCKS, self.region.device)
-        torch.cuda.synchronize()
+    def __init__(self, backend: str, handle: str) -> None:
+        self.memories = Memories(handle)
+        self.memories.fill()
         self.server = WorkerServer(worker_id=WorkerId("prefill"), token=TOKEN, on_command=lambda *_: None, on_client_lost=lambda _: None)
         self.address = self.server.start()
         self._orders: queue.SimpleQueue[tuple[OrderRef, Prefill]] = queue.SimpleQueue()
         self.source = KVSource(
             server=self.server,
-            region=self.region,
+            region=self.memories.first,
+            followers=self.memories.followers,
             host_id=this_host(),
             on_order=lambda ref, prefill: self._orders.put((ref, prefill)),
             on_cancel=lambda *_: None,
@@ -105,7 +149,7 @@ class Source:
             ref, prefill = self._orders.get()
             blocks = SOURCE_BLOCKS[: len(prefill.grant.block_ids) // 4]
             step = LAYOUT.num_layers if prefill.model == "whole" else 1
-            self.source.accept(ref, LAYOUT)
+            self.source.accept(ref, self.memories.layout)
             for layer in range(0, LAYOUT.num_layers, step):
                 self.source.push(ref, layer, layer + step, blocks, 0)
                 time.sleep(0.05 if prefill.model == "slow" else 0.0)
@@ -115,11 +159,12 @@ class Source:
 class Sink:
     """A decode worker that waits for one transfer at a time."""
 
-    def __init__(self, backend: str, source: Peer) -> None:
-        self.region = DeviceRegion.create(POOL_BLOCKS * LAYOUT.block_bytes)
+    def __init__(self, backend: str, source: Peer, handle: str) -> None:
+        self.memories = Memories(handle)
         self._events: queue.SimpleQueue[tuple[KVEvent, float]] = queue.SimpleQueue()
         self.sink = KVSink(
-            region=self.region,
+            region=self.memories.first,
+            followers=self.memories.followers,
             identity=Peer(worker_id=WorkerId("decode"), epoch=EPOCH, address="", host_id=this_host()),
             token=TOKEN,
             on_event=lambda event: self._events.put((event, time.perf_counter())),
@@ -151,7 +196,7 @@ class Sink:
             due_in_s=1.0,
         )
         began_s = time.perf_counter()
-        self._edge.order(prefill, LAYOUT)
+        self._edge.order(prefill, self.memories.layout)
         return began_s
 
     def next(self) -> tuple[KVEvent, float]:
@@ -164,28 +209,21 @@ class Sink:
             raise RuntimeError(f"a transfer of {count} blocks failed: {event}")
         return ended_s - began_s
 
-    def check(self, count: int) -> None:
-        if not torch.equal(words(self.region)[TARGET_BLOCKS[:count]], content(count, self.region.device)):
-            raise RuntimeError(f"{count} blocks arrived wrong")
-
     def close(self) -> None:
         self.sink.close()
-        self.region.close()
+        self.memories.close()
 
 
 @contextmanager
-def other_process(backend: str) -> Iterator[tuple[subprocess.Popen[bytes], Peer]]:
-    """The prefill worker, and where it listens."""
+def other_process(*role: str) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, str]]]:
+    """A process of this file, and what it says of itself."""
     env = os.environ | SOCKETS | {"NCCL_HOSTID": "polymux-source"}
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__)), "source", backend], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
-    )
+    process = subprocess.Popen([sys.executable, str(Path(__file__)), *role], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
     try:
         assert process.stdout is not None
         if not select.select([process.stdout], [], [], START_S)[0]:
-            raise RuntimeError("the prefill worker did not start")
-        said = json.loads(process.stdout.readline() or b"{}")
-        yield process, Peer(worker_id=WorkerId("prefill"), epoch=EPOCH, address=said["address"], host_id=this_host())
+            raise RuntimeError(f"the process of {role} did not start")
+        yield process, json.loads(process.stdout.readline() or b"{}")
     finally:
         process.kill()
         process.wait(10)
@@ -200,7 +238,7 @@ def death(sink: Sink, process: subprocess.Popen[bytes]) -> tuple[float, float]:
     (failed, _), (quiet, free_s) = sink.next(), sink.next()
     if not isinstance(failed, KVFailed) or not isinstance(quiet, KVQuiesced):
         raise RuntimeError(f"the kill ended in {failed} and {quiet}")
-    mover = sink.region.mover
+    mover = sink.memories.first.mover
     while mover.num_slabs_out or mover.num_edges:
         if time.perf_counter() - killed_s > 20.0:
             raise RuntimeError("slabs are still out 20 s after the kill")
@@ -208,53 +246,63 @@ def death(sink: Sink, process: subprocess.Popen[bytes]) -> tuple[float, float]:
     return free_s - killed_s, time.perf_counter() - killed_s
 
 
-def measure_backend(backend: str, rounds: int) -> dict[str, float]:
+def measure_backend(backend: str, rounds: int, handles: tuple[str, str] = ("", "")) -> dict[str, float]:
+    """`handles`: of the second rank of the source, and of the sink."""
     moved = MOVED_BLOCKS * LAYOUT.block_bytes
     figures: dict[str, float] = {}
-    with other_process(backend) as (process, peer):
-        sink = Sink(backend, peer)
+    with other_process("source", backend, handles[0]) as (process, said):
+        peer = Peer(worker_id=WorkerId("prefill"), epoch=EPOCH, address=said["address"], host_id=this_host())
+        sink = Sink(backend, peer, handles[1])
         try:
             figures["join_s"] = sink.join_s
             sink.seconds(MOVED_BLOCKS, "whole")
-            sink.check(MOVED_BLOCKS)
+            sink.memories.check(MOVED_BLOCKS)
             whole_s = statistics.median(sink.seconds(MOVED_BLOCKS, "whole") for _ in range(rounds))
             figures["whole_s"], figures["bytes_per_s"] = whole_s, moved / whole_s
             sink.seconds(MOVED_BLOCKS, "layers")
             figures["layers_s"] = statistics.median(sink.seconds(MOVED_BLOCKS, "layers") for _ in range(rounds))
             figures["block_s"] = statistics.median(sink.seconds(1, "whole") for _ in range(3 * rounds))
-            words(sink.region).zero_()
-            torch.cuda.synchronize()
+            sink.memories.clear()
             sink.seconds(MOVED_BLOCKS, "layers")
-            sink.check(MOVED_BLOCKS)
+            sink.memories.check(MOVED_BLOCKS)
             figures["death_s"], figures["abort_s"] = death(sink, process)
         finally:
             sink.close()
     return figures
 
 
+def measure_ranks() -> dict[str, float]:
+    with other_process("memory") as (_, one), other_process("memory") as (_, other):
+        return measure_backend("cuda_ipc", 10, (one["handle"], other["handle"]))
+
+
 def measure(budget_s: float) -> dict[str, float]:
-    """Both backends, in turn; one that does not work is noted, and leaves its figures out."""
+    """Both backends, and instances, in turn; what does not work is noted, and leaves its figures out."""
     os.environ.update(SOCKETS | {"NCCL_HOSTID": "polymux-sink"})
     figures: dict[str, float] = {}
-    for backend, rounds in (("cuda_ipc", 20), ("nccl", 3)):
+    parts = {"cuda_ipc": lambda: measure_backend("cuda_ipc", 20), "ranks": measure_ranks, "nccl": lambda: measure_backend("nccl", 3)}
+    for name, take in parts.items():
         try:
-            found = measure_backend(backend, rounds)
+            found = take()
         except Exception as error:
-            note(f"edges.{backend}: {type(error).__name__}: {error}")
+            note(f"edges.{name}: {type(error).__name__}: {error}")
             continue
-        figures |= {f"edges.{backend}.{name}": value for name, value in found.items()}
-        if backend == "cuda_ipc":
-            share = 2 * found["bytes_per_s"] / copy_bytes_per_s()
-            figures["edges.cuda_ipc.share_of_copy_bandwidth"] = share
-        else:
+        figures |= {f"edges.{name}.{figure}": value for figure, value in found.items()}
+        if name == "nccl":
             figures["edges.nccl.sockets_bytes_per_s"] = figures.pop("edges.nccl.bytes_per_s")
+        else:
+            figures[f"edges.{name}.share_of_copy_bandwidth"] = 2 * found["bytes_per_s"] / copy_bytes_per_s()
     return figures
 
 
 def main() -> None:
-    """The other side, until standard input ends."""
-    source = Source(sys.argv[2])
-    os.write(1, json.dumps({"address": source.address}).encode() + b"\n")
+    """The other side, or a rank of either, until standard input ends."""
+    if sys.argv[1] == "memory":
+        region = DeviceRegion.create(POOL_BLOCKS * sharded(LAYOUT, 2).block_bytes)
+        said = {"handle": region.handles()[0].hex()}
+    else:
+        said = {"address": Source(sys.argv[2], sys.argv[3]).address}
+    os.write(1, json.dumps(said).encode() + b"\n")
     sys.stdin.read()
 
 

@@ -1,10 +1,12 @@
-"""GPUs of an instance's ranks without a GPU: planned steps on host memory, graphs that replay, and sums over the stand-in of NCCL.
+"""GPUs of an instance's ranks without a GPU: planned steps on host memory that the others map by its handle, graphs that replay, and sums
+over the stand-in of NCCL.
 
 Run as a script it is a rank other than the first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -20,9 +22,12 @@ from polymux.actors.parallel import follower
 from polymux.actors.parallel.collectives import Collectives, Meeting
 from polymux.actors.parallel.nccl_collectives import NcclCollectives
 from polymux.kernels import choice
+from polymux.transport.cuda.region import MappedRegion
 from polymux.transport.cuda.runtime import CudaRuntime
 from polymux.transport.nccl.api import Nccl
 from polymux.transport.nccl.ranks import RankComm, RankLimits
+from polymux.transport.rank_messages import RankMemory
+from polymux.transport.region import Region
 
 KERNELS = "RANK_GPU_KERNELS"  # for `choice.override`, in every rank
 PROGRAM = (str(Path(__file__)),)
@@ -48,6 +53,17 @@ class RankGpu(PlanningDevice):
     def __init__(self, *, captures: bool = False, abort_s: float = 5.0) -> None:
         super().__init__(captures=captures)
         self._abort_s = abort_s
+
+    def create(self, nbytes: int) -> Region:
+        address = CudaRuntime.load(stand_in.library()).malloc(nbytes)  # until this process ends
+        return Region(memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B"), None)
+
+    def lend(self, region: Region) -> RankMemory:
+        runtime = CudaRuntime.load(stand_in.library())
+        return RankMemory(gpu=runtime.uuid(0), handle=runtime.memory_handle(self.tensor(region).data_ptr()))
+
+    def borrow(self, memory: RankMemory, nbytes: int) -> MappedRegion:
+        return MappedRegion(CudaRuntime.load(stand_in.library()), 0, memory.handle, nbytes, self.torch_device)
 
     def meeting_place(self, folder: Path) -> bytes:
         return Nccl.load(stand_in.library()).unique_id()

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import stand_in
+import torch
 from planned_batches import KINDS, MODELS, NAMES, Batch, tokens_of
 from rank_gpus import PROGRAM, RankGpu
 
 from polymux.actors.engine import Engine, EngineSettings
+from polymux.actors.kv_blocks import kv_view
 from polymux.actors.parallel.leader import Ranks, RankSettings
 from polymux.actors.store_client import StoreClient
 from polymux.actors.store_server import StoreServer
@@ -105,3 +107,38 @@ def test_ranks_say_what_one_says_with_steps_that_run_ahead(num_ranks: int, store
     assert found == alone
     assert device.graphs.num_replayed > 20
     assert stand_in.count("comms") == 0
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_tokens_are_the_same_when_blocks_went_to_the_host_and_to_other_blocks_in_the_middle(
+    num_ranks: int, store: Store, alone: dict[Any, Any]
+) -> None:
+    """By rank 0 alone, in memory that it has mapped; four ranks hold each head twice."""
+    name = NAMES[0]
+    with instance(store, num_ranks) as engine:
+        spec, pool = engine.specs[name], engine.pool(name)
+        whole = replace(spec.kv, num_ranks=1)
+        host = kv_view(torch.zeros(32 * whole.block_bytes, dtype=torch.uint8), whole)
+        batch = Batch(engine, spec, [replace(KINDS["greedy"], seed=i) for i in range(3)], runs_ahead=True)
+        for turn in range(8):
+            batch.step()
+            if turn not in (2, 5):
+                continue
+            batch.settle()
+            away = [block_id for blocks in batch.blocks for block_id in blocks]
+            list(engine.device.copy_blocks(pool.kv, away, host, range(len(away))))
+            other = pool.allocate(len(away))
+            scribbled = [kv_view(memory, spec.kv) for memory in (engine.arena.memory, *engine._ranks.memories)]
+            for kv in scribbled:
+                kv[away] = torch.nan
+            pool.free(away)
+            list(engine.device.copy_blocks(host, range(len(away)), pool.kv, other))
+            batch.blocks = [other[i : i + len(blocks)] for i, blocks in zip(range(0, len(away), 6), batch.blocks, strict=True)]
+            copied = pool.allocate(1)  # and one of them once more, within every rank
+            engine.copy_kv(name, [other[0]], copied, range(spec.kv.num_layers))
+            batch.blocks[0][0] = copied[0]
+            pool.free(other[:1])
+            del scribbled, kv
+        batch.settle()
+        assert tokens_of(batch.outputs) == alone[name, "greedy"]
+    assert stand_in.count("maps") == 0  # the others' memory was let go before they ended

@@ -1,4 +1,4 @@
-"""What the transport tests share: the backends that the conformance suite runs on, and patience."""
+"""What the transport tests share: the backends that the conformance suite runs on, here and between processes, and patience."""
 
 from __future__ import annotations
 
@@ -33,3 +33,39 @@ def eventually(claim: Callable[[], bool], within_s: float = 5.0) -> bool:
             return False
         time.sleep(0.002)
     return True
+
+
+QUICK = {"silence_s": 1.2, "acknowledge_s": 1.0, "checksum_every": 1}
+LIMITS = {"join_s": 20.0, "stall_s": 5.0, "abort_s": 5.0}
+SOCKETS = {
+    "NCCL_NET": "Socket",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_IB_DISABLE": "1",
+    "NCCL_MNNVL_ENABLE": "0",
+    "NCCL_MAX_NCHANNELS": "2",
+}
+
+
+def between_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Either side's configuration for a parameter such as "stand-in+nccl"; `child=True` for the one in a process of its own.
+
+    NCCL refuses two ranks on one GPU; on a real one each process therefore says that it is another host, and the bytes go over sockets.
+    """
+    device, backend = request.param.split("+")
+    if device == "stand-in":
+        request.getfixturevalue("at_rest")
+    else:
+        for name, value in (SOCKETS | {"NCCL_HOSTID": "polymux-parent"}).items():
+            monkeypatch.setenv(name, value)
+
+    def make(*, child: bool = False, **more: Any) -> dict[str, Any]:
+        env = {"env": SOCKETS | {"NCCL_HOSTID": "polymux-child"}} if child else {}
+        return {"settings": QUICK | {"backend": backend}, "gpu": device, "limits": LIMITS} | env | more
+
+    return make
+
+
+def all_given_back(end: Any) -> bool:
+    """No slab is out, and no task of an edge is left."""
+    mover = end.region.mover
+    return eventually(lambda: mover.num_slabs_out == 0 and mover.num_edges == 0, LIMITS["abort_s"] + 1)
