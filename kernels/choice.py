@@ -74,8 +74,8 @@ def choose(operation: str, device: torch.device) -> Choice:
 
 def _beside(operation: str) -> list[str]:
     """Of the libraries that are installed and do not serve: how to have one, or why it cannot be had."""
-    there = [name for name in OPERATIONS[operation] if name in LIBRARIES and not why_not(name)]
-    named = [f"{name} {installed(LIBRARIES[name].distribution)} serves if {VARIABLE} has {operation}={name}" for name in there]
+    here = {name: installed(LIBRARIES[name].distribution) for name in OPERATIONS[operation] if name in LIBRARIES}
+    named = [why_not(name) or f"{name} {found} serves if {VARIABLE} has {operation}={name}" for name, found in here.items() if found]
     if operation == "attend":
         named += [f"{name} {found} cannot: {why}" for name, why in UNSUITED.items() if (found := installed(name))]
     return named

@@ -70,11 +70,10 @@ class FlashInferAttention:
         return lambda block_ids: self._plan(batch, window, num_rows, block_ids)
 
     def _plan(self, batch: Batch, window: int | None, num_rows: int | None, block_ids: Tensor) -> FlashInferPlan:
-        is_fixed = num_rows is not None and bool((batch.queries.tokens == 1).all())
-        if num_rows is not None and is_fixed:
-            wrapper, num_sequences, num_computed = self._fixed_one(window, num_rows), num_rows, num_rows
-        else:
+        if num_rows is None or (batch.queries.tokens > 1).any():
             wrapper, num_sequences, num_computed = self._free_one(window), len(batch.spans), batch.num_tokens
+        else:
+            wrapper, num_sequences, num_computed = self._fixed_one(window, num_rows), num_rows, num_rows
         if num_sequences:
             wrapper.plan(self._spec, window, _Tables.of(batch, num_sequences, self._spec.shape.block_size), block_ids)
         return FlashInferPlan(spans=batch.spans, window=window, wrapper=wrapper, num_rows=num_computed, scale=self._spec.scale)

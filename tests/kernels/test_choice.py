@@ -92,6 +92,8 @@ def test_a_library_of_an_old_release_is_refused_with_both_versions(tmp_path: Pat
         pytest.raises(Unavailable, match=r"flashinfer 0\.5\.3 is older than 0\.6: pip install"),
     ):
         choice.implementation("attend", GPU)
+    with on_the_path(tmp_path, "flashinfer"):
+        assert choice.choose("attend", GPU).reason == "ours; flashinfer 0.5.3 is older than 0.6: pip install 'polymux[flashinfer]'"
 
 
 @pytest.mark.parametrize("version", ["0.6.0", "0.6.14.post1", "0.10.2", "1.0rc1"])
