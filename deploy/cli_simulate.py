@@ -15,7 +15,7 @@ from rich.table import Table
 
 from polymux.deploy.simulation import plots
 from polymux.deploy.simulation.cluster import ClusterSpec
-from polymux.deploy.simulation.planner import STRATEGIES, Answer, Goal, parse_prices, plan, production_trace
+from polymux.deploy.simulation.planner import STRATEGIES, Answer, Goal, parse_prices, plan, production_trace, to_dict
 from polymux.deploy.simulation.runs import Result, quantile, run_policy
 from polymux.deploy.simulation.traces import Catalogue, read_trace
 from polymux.disagg.sim.bound import max_on_time
@@ -96,7 +96,8 @@ def simulate(options: SimulateOptions, out: Console) -> int:
     spec, targets = ClusterSpec.read(options.cluster), parse_slo(options.slo)
     if unknown := [policy for policy in options.policies if policy not in POLICIES]:
         raise ConfigError(f"policy {unknown[0]!r} is unknown; there are: {', '.join(POLICIES)}", param="policy")
-    costs, pool = spec.cost_model(), spec.pool()
+    gpus = spec.one_size()
+    costs, pool = spec.cost_model(gpus), spec.pool(gpus=gpus)
     catalogue = Catalogue(num_models=options.models, zipf=options.zipf, seed=options.seed, kinds=spec.kind_names())
     loads = [_load(trace, speed, catalogue, options.limit) for trace, speed in product(options.traces, options.speeds)]
     found: list[tuple[Load, list[Result], float]] = []
@@ -127,28 +128,31 @@ def plan_cluster(options: PlanOptions, out: Console) -> int:
     """The fewest devices of each kind for each strategy; 1 when polymux meets the goal on none."""
     base, targets = ClusterSpec.read(options.cluster), parse_slo(options.slo)
     goal = Goal(measure=options.measure, share=options.share)
-    answers: list[Answer] = []
+    found: dict[tuple[str, str], list[Answer]] = {}
     with _progress(out) as progress:
         task = progress.add_task("sizes", total=None)
         for device, price in parse_prices(options.gpu).items():
             spec = replace(base, device=device)
-            requests = _planned(options, spec)
-            for strategy in STRATEGIES:
+            requests, gpus_of = _planned(options, spec), spec.gpus_of()
 
-                def tell(strategy: str, size: int, device: str = device) -> None:
-                    progress.update(task, description=f"{device}: {strategy} on {size}", advance=1)
+            def tell(strategy: str, size: int, device: str = device) -> None:
+                progress.update(task, description=f"{device}: {strategy} on {size}", advance=1)
 
-                answers.append(
-                    plan(strategy, requests, spec, targets, goal, price_per_h=price, max_devices=options.max_devices, on_size=tell)
-                )
-    dedicated = {one.device: one.num_devices for one in answers if one.strategy == "dedicated"}
-    rows = [one.to_dict(dedicated[one.device]) for one in answers]
+            for strategy, gpus in product(STRATEGIES, sorted(set(gpus_of.values()))):
+                asked = [request for request in requests if gpus_of[request.kind] == gpus]
+                if asked:
+                    answer = plan(
+                        strategy, asked, spec, targets, goal, price_per_h=price, max_devices=options.max_devices, gpus=gpus, on_size=tell
+                    )
+                    found.setdefault((device, strategy), []).append(answer)
+    dedicated = {device: sum(one.num_devices for one in answers) for (device, name), answers in found.items() if name == "dedicated"}
+    rows = [to_dict(answers, dedicated[device]) for (device, _), answers in found.items()]
     out.print(_plan_table(rows, goal))
     if options.json_path is not None:
         options.json_path.write_text(
             json.dumps({"slo": options.slo, "trace": options.trace, "plans": rows}, indent=1) + "\n", encoding="utf-8"
         )
-    return 0 if any(one.is_met for one in answers if one.strategy == "polymux") else 1
+    return 0 if any(row["is_met"] for row in rows if row["strategy"] == "polymux") else 1
 
 
 def _planned(options: PlanOptions, spec: ClusterSpec) -> tuple[SimRequest, ...]:

@@ -50,25 +50,37 @@ class Answer:
     result: Result
     is_met: bool
     seconds: float  # in which the requests arrived
+    gpus: int = 1  # of an instance
 
     @property
-    def cost_per_million_tokens(self) -> float:
-        """At the rate at which the trace asks for them: what is still to be served after its last arrival runs beside what comes then."""
-        return self.num_devices * self.price_per_h * self.seconds / 3600 / (self.result.num_tokens / 1e6)
+    def cost_per_hour(self) -> float:
+        return self.num_devices * self.price_per_h
 
-    def to_dict(self, dedicated: int | None) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "strategy": self.strategy,
-            "device": self.device,
-            "devices": self.num_devices,
-            "is_met": self.is_met,
-            "cost_per_hour": round(self.num_devices * self.price_per_h, 2),
-            "cost_per_million_tokens": round(self.cost_per_million_tokens, 3),
-        }
-        found |= {measure: percent(getattr(self.result.attainment, measure)) for measure in MEASURES}
-        if dedicated:
-            found["saving_percent"] = round(100 * (1 - self.num_devices / dedicated), 1)
-        return found
+
+def to_dict(answers: Sequence[Answer], dedicated: int) -> dict[str, Any]:
+    """One strategy on one kind of device: pools of instances of each size beside each other, compared with so many `dedicated` devices.
+
+    A million tokens cost what they do at the rate at which the trace asks for them: what is still to be served after its last arrival runs
+    beside what comes then. Shares are means over requests.
+    """
+    first, num_requests = answers[0], sum(one.result.attainment.num_requests for one in answers)
+    num_devices, cost_per_hour = sum(one.num_devices for one in answers), sum(one.cost_per_hour for one in answers)
+    tokens, seconds = sum(one.result.num_tokens for one in answers), max(one.seconds for one in answers)
+    found: dict[str, Any] = {
+        "strategy": first.strategy,
+        "device": first.device,
+        "devices": num_devices,
+        "is_met": all(one.is_met for one in answers),
+        "cost_per_hour": round(cost_per_hour, 2),
+        "cost_per_million_tokens": round(cost_per_hour * seconds / 3600 / (tokens / 1e6), 3),
+        "saving_percent": round(100 * (1 - num_devices / dedicated), 1),
+    }
+    for measure in MEASURES:
+        share = sum(getattr(one.result.attainment, measure) * one.result.attainment.num_requests for one in answers) / num_requests
+        found[measure] = percent(share)
+    if len(answers) > 1:
+        found["devices_by_size"] = {str(one.gpus): one.num_devices for one in answers}
+    return found
 
 
 def parse_prices(text: str) -> dict[str, float]:
@@ -117,27 +129,30 @@ def plan(
     *,
     price_per_h: float,
     max_devices: int,
+    gpus: int = 1,
     on_size: Callable[[str, int], None] | None = None,
 ) -> Answer:
-    """The fewest devices for one strategy. A dedicated one needs a device a model, whatever the goal."""
-    costs = spec.cost_model()
+    """The fewest devices for one strategy, by instances of so many. A dedicated one needs an instance a model, whatever the goal."""
+    costs = spec.cost_model(gpus)
     tried: dict[int, Result] = {}
 
     def is_met(num_devices: int) -> bool:
         if on_size is not None:
-            on_size(strategy, num_devices)
-        tried[num_devices] = run_policy(STRATEGIES[strategy], requests, costs, targets, spec.pool(num_devices))
+            on_size(strategy, num_devices * gpus)
+        tried[num_devices] = run_policy(STRATEGIES[strategy], requests, costs, targets, spec.pool(num_devices, gpus))
         return goal.is_met(tried[num_devices])
 
     num_models = len({request.model for request in requests})
     if strategy == "dedicated":
         size, met = num_models, is_met(num_models)
     else:
-        size, met = _fewest(is_met, min(max_devices, num_models), max_devices)
+        most = max(1, max_devices // gpus)
+        size, met = _fewest(is_met, min(most, num_models), most)
     return Answer(
         strategy=strategy,
         device=spec.device,
-        num_devices=size,
+        num_devices=size * gpus,
+        gpus=gpus,
         price_per_h=price_per_h,
         result=tried[size],
         is_met=met,

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
+from polymux.disagg.sim.costs import CostModel
 from polymux.disagg.sim.outcome import Progress, Targets
-from polymux.disagg.sim.traffic import Traffic
+from polymux.disagg.sim.topology import Hosts
+from polymux.disagg.sim.traffic import Traffic, traffic_of
 from polymux.disagg.sim.workload import SimRequest
 
 Device = TypeVar("Device")
@@ -100,6 +102,11 @@ class Simulation(ABC, Generic[Device]):
 
     def _begin(self, requests: Sequence[SimRequest]) -> None:
         """Names and kinds of the models may be read, as a registry has them; nothing else of what is to come."""
+
+    def _join(self, costs: CostModel, hosts: Hosts | None, num_devices: int) -> None:
+        """The devices are in such hosts. Raises ConfigError for costs that know no bytes."""
+        if hosts is not None:
+            self.traffic = traffic_of(costs, hosts, num_devices, self._at)
 
     @abstractmethod
     def _arrive(self, one: Progress) -> None: ...

@@ -85,7 +85,7 @@ def _shared_settings(pool: Pool) -> dict[str, Any]:
 
 def _published(costs: CostModel, targets: Targets, pool: Pool, journal: Journal | None) -> Simulation[Any]:
     num_prefill, num_decode = pool.split
-    return Published(costs, targets, num_prefill=num_prefill, num_decode=num_decode, journal=journal)
+    return Published(costs, targets, num_prefill=num_prefill, num_decode=num_decode, hosts=pool.hosts, journal=journal)
 
 
 def _split(costs: CostModel, targets: Targets, pool: Pool, journal: Journal | None) -> Simulation[Any]:
@@ -106,11 +106,15 @@ POLICIES: dict[str, Builder] = {
     "slack": _turns("slack"),
     "wrr": _published,
     "wrr-shared": _turns("wrr"),
-    "sllm": lambda costs, targets, pool, journal: RequestLevel(costs, targets, num_workers=pool.num_devices, journal=journal),
-    "sllm-idle": lambda costs, targets, pool, journal: RequestLevel(
-        costs, targets, num_workers=pool.num_devices, idle_first=True, journal=journal
+    "sllm": lambda costs, targets, pool, journal: RequestLevel(
+        costs, targets, num_workers=pool.num_devices, hosts=pool.hosts, journal=journal
     ),
-    "sllm-oracle": lambda costs, targets, pool, journal: OracleLevel(costs, targets, num_workers=pool.num_devices, journal=journal),
+    "sllm-idle": lambda costs, targets, pool, journal: RequestLevel(
+        costs, targets, num_workers=pool.num_devices, idle_first=True, hosts=pool.hosts, journal=journal
+    ),
+    "sllm-oracle": lambda costs, targets, pool, journal: OracleLevel(
+        costs, targets, num_workers=pool.num_devices, hosts=pool.hosts, journal=journal
+    ),
     "static": lambda costs, targets, pool, journal: StaticPlacement(
         costs, targets, num_workers=pool.num_devices, max_models=1, hosts=pool.hosts, journal=journal
     ),

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from polymux.disagg.sim.costs import SECOND, CostModel
+from polymux.disagg.sim.links import Flow
 from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.request_level import PATIENCE_US
+from polymux.disagg.sim.topology import Hosts
 
 LOOKAHEAD = 64  # tokens that each sequence of a batch may still grow by, where a batch is asked whether one more fits
 MIN_ALPHA = 0.5
@@ -25,6 +27,7 @@ class _Device:
     model: str | None = None
     computed_us: int = 0
     is_busy: bool = False
+    waiting: tuple[str, str, int] = ("", "", 0)  # what it will do for which model and how long, where a copy must end first
 
     def switch_us(self, model: str, kind: str, costs: CostModel) -> int:
         if self.model == model:
@@ -61,8 +64,11 @@ class _Decode(_Device):
     stepping: list[Progress] = field(default_factory=list)
 
 
-class Published(Simulation[_Prefill | _Decode]):
-    """Serves with so many devices of each phase. A turn lasts `max_quota_us` at most."""
+class Published(Simulation[_Prefill | _Decode | Flow]):
+    """Serves with so many devices of each phase. A turn lasts `max_quota_us` at most.
+
+    With `hosts`, what a switch has to copy by the published rules goes over their links; leaving KV in host memory stays free.
+    """
 
     def __init__(
         self,
@@ -72,16 +78,21 @@ class Published(Simulation[_Prefill | _Decode]):
         num_prefill: int,
         num_decode: int,
         max_quota_us: int = 4 * SECOND,
+        hosts: Hosts | None = None,
         journal: Journal | None = None,
     ) -> None:
         super().__init__(targets, journal)
+        self._join(costs, hosts, num_prefill + num_decode)
         self._costs = costs
         self._tpot_us = targets.tpot_us
         self._max_quota_us = max_quota_us
         self._prefills = [_Prefill(i) for i in range(num_prefill)]
         self._decodes = [_Decode(num_prefill + i) for i in range(num_decode)]
 
-    def _ended(self, device: _Prefill | _Decode, now_us: int) -> None:
+    def _ended(self, device: _Prefill | _Decode | Flow, now_us: int) -> None:
+        if isinstance(device, Flow):
+            self._copied(device, now_us)
+            return
         device.is_busy = False
         if isinstance(device, _Prefill):
             self._prefilled(device, now_us)
@@ -90,9 +101,25 @@ class Published(Simulation[_Prefill | _Decode]):
 
     def _began(self, device: _Prefill | _Decode, kind: str, model: str, now_us: int, switch_us: int, step_us: int) -> None:
         device.is_busy = True
+        if self.traffic is not None and switch_us > self.traffic.overhead_us:
+            flow = self.traffic.copy_for(device.number, switch_us - self.traffic.overhead_us, now_us)
+            if flow is not None:
+                device.waiting = kind, model, step_us
+                return
         self._note(device.number, SWITCH, model, now_us, now_us + switch_us)
         self._note(device.number, kind, model, now_us + switch_us, now_us + switch_us + step_us)
         self._at(now_us + switch_us + step_us, device)
+
+    def _copied(self, flow: Flow, now_us: int) -> None:
+        assert self.traffic is not None
+        if not self.traffic.links.ended(flow, now_us):
+            return
+        device: _Prefill | _Decode = [*self._prefills, *self._decodes][flow.owner]
+        kind, model, step_us = device.waiting
+        ready_us = now_us + self.traffic.overhead_us
+        self._note(device.number, SWITCH, model, flow.began_us, ready_us)
+        self._note(device.number, kind, model, ready_us, ready_us + step_us)
+        self._at(ready_us + step_us, device)
 
     # -- prefill: groups of one model in line, one prompt at a time ---------------------------------------------------
 

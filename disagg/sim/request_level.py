@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from polymux.disagg.sim.costs import MS, CostModel
+from polymux.disagg.sim.links import Flow
 from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
+from polymux.disagg.sim.topology import Hosts
 
 MAX_IN_ROW = 4  # requests of one model at a worker's tail before another worker is tried
 PATIENCE_US = 15_000 * MS  # a request without a token for so long is given up, at the next arrival
@@ -48,13 +50,21 @@ class _Worker:
         return self.queue[:end]
 
 
-class RequestLevel(Simulation[_Worker]):
+class RequestLevel(Simulation[_Worker | Flow]):
     """Every worker does both phases. `idle_first`: `serverless_idle`."""
 
     def __init__(
-        self, costs: CostModel, targets: Targets, *, num_workers: int, idle_first: bool = False, journal: Journal | None = None
+        self,
+        costs: CostModel,
+        targets: Targets,
+        *,
+        num_workers: int,
+        idle_first: bool = False,
+        hosts: Hosts | None = None,
+        journal: Journal | None = None,
     ) -> None:
         super().__init__(targets, journal)
+        self._join(costs, hosts, num_workers)
         self._costs = costs
         self._idle_first = idle_first
         self._workers = [_Worker(i) for i in range(num_workers)]
@@ -105,16 +115,18 @@ class RequestLevel(Simulation[_Worker]):
         run = worker.head_run()
         model, kind = run[0].request.model, run[0].request.kind
         worker.began_us = now_us
+        worker.is_busy = True
         if worker.loaded != model:
             worker.loaded = model
-            worker.ends_us = [now_us + self._costs.load_us(kind)]
+            if self.traffic is not None and not self.traffic.load(worker.number, kind, now_us).is_done:
+                return
+            worker.ends_us = [now_us + (self._costs.load_us(kind) if self.traffic is None else self.traffic.overhead_us)]
         elif new := [one for one in run if not one.num_tokens]:
             worker.running = new
             worker.ends_us = [now_us + self._costs.prefill_us(kind, [one.request.input_len for one in new])]
         else:
             worker.running = run
             worker.ends_us = self._steps(run, kind, now_us)
-        worker.is_busy = True
         self._at(worker.ends_us[-1], worker)
 
     def _steps(self, run: list[Progress], kind: str, now_us: int) -> list[int]:
@@ -145,7 +157,21 @@ class RequestLevel(Simulation[_Worker]):
         self._note(worker.number, what, worker.loaded, worker.began_us, ends_us[-1])
         worker.began_us = ends_us[-1]
 
-    def _ended(self, worker: _Worker, now_us: int) -> None:
+    def _ended(self, device: _Worker | Flow, now_us: int) -> None:
+        if isinstance(device, Flow):
+            self._loaded(device, now_us)
+        else:
+            self._worker_ended(device, now_us)
+
+    def _loaded(self, flow: Flow, now_us: int) -> None:
+        """Weights have come over links that others use too."""
+        assert self.traffic is not None
+        if self.traffic.links.ended(flow, now_us):
+            worker = self._workers[flow.owner]
+            worker.ends_us = [now_us + self.traffic.overhead_us]
+            self._at(worker.ends_us[0], worker)
+
+    def _worker_ended(self, worker: _Worker, now_us: int) -> None:
         if not worker.ends_us or worker.ends_us[-1] != now_us:
             return  # an event from before the news
         self._done(worker, len(worker.ends_us))

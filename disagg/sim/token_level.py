@@ -27,7 +27,7 @@ from polymux.disagg.sim.placement import Placement
 from polymux.disagg.sim.residency import ArtifactSwitcher, Link, PhysicalSwitcher, Reported, Switcher
 from polymux.disagg.sim.room import Room
 from polymux.disagg.sim.topology import Hosts
-from polymux.disagg.sim.traffic import Traffic, traffic_of
+from polymux.disagg.sim.traffic import Traffic
 from polymux.disagg.sim.worker import Prompt, SimWorker, Work
 from polymux.disagg.sim.workload import SimRequest
 from polymux.disagg.views import BatchView, DecodeView, Due, PhaseView, PromptView, WorkView
@@ -72,8 +72,7 @@ class TokenLevel(Simulation[SimWorker | Flow]):
         self._overheads = overheads
         self.door_us = overheads.door_us
         self._kinds: dict[ModelName, str] = {}
-        if hosts is not None:
-            self.traffic = traffic_of(costs, hosts, num_workers, self._at)
+        self._join(costs, hosts, num_workers)
         links = [Link() for _ in range(0, num_workers, devices_per_link)]
         self._workers = [self._worker(i, links[i // devices_per_link]) for i in range(num_workers)]
         self._placement = Placement(

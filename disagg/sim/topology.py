@@ -44,6 +44,21 @@ class Hosts:
         shared = self.switch_gb_per_s if self.gpus_per_switch > 1 else math.inf
         return min(self.pcie_gb_per_s, shared, self.memory_gb_per_s) * GB
 
+    def in_groups(self, size: int) -> Hosts:
+        """So many neighbouring GPUs are one device, whose links add up. Raises ConfigError where a host is no multiple of them."""
+        if self.gpus % size:
+            raise ConfigError(f"hosts.gpus={self.gpus} is no multiple of {size}, the GPUs of an instance", param="hosts.gpus")
+        per_switch = max(1, self.gpus_per_switch // size)
+        num_switches = max(1, size // self.gpus_per_switch)  # that one group reaches
+        return replace(
+            self,
+            gpus=self.gpus // size,
+            pcie_gb_per_s=min(self.pcie_gb_per_s * size, self.switch_gb_per_s * num_switches if self.gpus_per_switch > 1 else math.inf),
+            gpus_per_switch=per_switch,
+            nvlink="none" if self.nvlink == "pairs" and size > 1 else self.nvlink,
+            nvlink_gb_per_s=self.nvlink_gb_per_s * size,
+        )
+
     @classmethod
     def parse(cls, data: Any, device: str) -> Hosts:
         """Of a mapping, over the defaults of that kind of device. Raises ConfigError for what is not a setting."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isinf
 from typing import Any
 
 from polymux.disagg.sim.costs import SECOND, CostModel
@@ -13,6 +14,7 @@ from polymux.disagg.sim.topology import Hosts, Topology
 from polymux.transport.errors import ConfigError
 
 WEIGHTS, KV_IN, KV_OUT, HANDOVER = "weights", "kv in", "kv out", "handover"
+COPIES = "weights and kv"  # of a switch by the published rules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,13 @@ class Traffic:
     def copy_out(self, device: int, nbytes: int, now_us: int) -> Flow:
         """The room is there when all of it has gone."""
         return self.links.begin(KV_OUT, nbytes, self.topology.out_of(device), now_us, owner=device, is_layered=False)
+
+    def copy_for(self, device: int, alone_us: int, now_us: int) -> Flow | None:
+        """Whatever a device would need so long for, were it alone on its links; None where links are never in the way."""
+        bytes_per_s = self.topology.hosts.load_bytes_per_s
+        if isinf(bytes_per_s):
+            return None
+        return self.links.begin(COPIES, max(1, round(alone_us * bytes_per_s / SECOND)), self.topology.into(device), now_us, owner=device)
 
     def hand_over(self, source: int, target: int, nbytes: int, now_us: int, owner: Any) -> Flow:
         """Between two devices; `owner` is told."""

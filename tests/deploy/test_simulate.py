@@ -215,6 +215,51 @@ def test_a_plan_needs_fewer_devices_than_models(tmp_path: Path) -> None:
     assert polymux["req"] >= 90
 
 
+TWO_SIZES = """
+kinds:
+  qwen2.5-7b:
+  big: {gpus: 4, weight_gib: 134, kv_kib: 320, layers: 80, prefill: [1.0e-2, 4.0e-5, 0], decode: [2.0e-2, 1.0e-4, 1.0e-8]}
+"""
+
+
+def test_models_that_need_several_gpus_are_planned_in_groups_beside_the_others(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(TWO_SIZES)
+    trace = "poisson:models=8,rate=0.05,seconds=60,output=60"
+    options = PlanOptions(trace=trace, cluster=cluster, json_path=tmp_path / "plan.json")
+    assert plan_cluster(options, quiet()) == 0
+    rows = {row["strategy"]: row for row in json.loads((tmp_path / "plan.json").read_text())["plans"]}
+    assert rows["dedicated"]["devices_by_size"] == {"1": 4, "4": 16} and rows["dedicated"]["devices"] == 20
+    assert rows["dedicated"]["cost_per_hour"] == 50.0
+    polymux = rows["polymux"]
+    assert polymux["devices_by_size"]["4"] % 4 == 0 and polymux["devices"] == sum(polymux["devices_by_size"].values()) < 20
+    assert polymux["saving_percent"] == pytest.approx(100 * (1 - polymux["devices"] / 20), abs=0.1)
+
+
+def test_an_instance_of_several_gpus_has_their_memory_and_links(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(TWO_SIZES.replace("  qwen2.5-7b:\n", "") + "hosts: {gpus_per_switch: 2}\n")
+    spec = ClusterSpec.read(cluster)
+    assert spec.one_size() == 4
+    hosts, pool, costs = spec.links(4), spec.pool(gpus=4), spec.cost_model(4)
+    assert hosts is not None and (hosts.gpus, hosts.pcie_gb_per_s, hosts.gpus_per_switch) == (2, 104, 1)
+    assert (pool.num_devices, pool.weight_budget_bytes, costs.arena_bytes()) == (4, 4 * 48 << 30, 4 * 72 << 30)
+    assert costs.load_us("big") == 2000 + round((134 << 30) / 104e9 * SECOND)
+    assert simulate(SimulateOptions(traces=(SMALL,), cluster=cluster, policies=("slack", "slack-split")), quiet()) == 0
+    for text, message in (
+        (TWO_SIZES, "kinds take 1 or 4 GPUs each; simulate one size at a time, or plan"),
+        (TWO_SIZES.replace("  qwen2.5-7b:\n", "") + "devices: 6", "devices=6 and prefill=None must be multiples of 4, an instance's GPUs"),
+        (TWO_SIZES.replace("  qwen2.5-7b:\n", "") + "hosts: {gpus: 6}", "hosts.gpus=6 is no multiple of 4"),
+        (TWO_SIZES.replace("layers: 80, ", ""), r"kinds.big needs gpus, weight_gib.*look at \['layers'\]"),
+        (TWO_SIZES.replace("layers: 80", "layers: 0"), "kinds.big.layers=0 must be a whole number"),
+        (TWO_SIZES.replace("[1.0e-2, 4.0e-5, 0]", "[0, 0]"), "kinds.big.prefill=.* must be three numbers of seconds"),
+        ("kinds: {small: }", "kinds small have no physical costs"),
+    ):
+        cluster.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            simulate(SimulateOptions(traces=(SMALL,), cluster=cluster), quiet())
+
+
 @pytest.mark.parametrize("least", range(1, 40))
 def test_the_search_finds_the_least_size(least: int) -> None:
     for start in (1, 7, 12, 64):
