@@ -22,7 +22,7 @@ from polymux.actors.parallel import follower
 from polymux.actors.parallel.collectives import Collectives, Meeting
 from polymux.actors.parallel.nccl_collectives import NcclCollectives
 from polymux.kernels import choice
-from polymux.transport.cuda.region import MappedRegion
+from polymux.transport.cuda.region import DeviceRegion, MappedRegion
 from polymux.transport.cuda.runtime import CudaRuntime
 from polymux.transport.nccl.api import Nccl
 from polymux.transport.nccl.ranks import RankComm, RankLimits
@@ -57,6 +57,10 @@ class RankGpu(PlanningDevice):
     def create(self, nbytes: int) -> Region:
         address = CudaRuntime.load(stand_in.library()).malloc(nbytes)  # until this process ends
         return Region(memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B"), None)
+
+    def migrating(self, region: Region) -> DeviceRegion:
+        path = stand_in.library()
+        return DeviceRegion(CudaRuntime.load(path), 0, self.tensor(region), is_owned=False, nccl_path=path)
 
     def lend(self, region: Region) -> RankMemory:
         runtime = CudaRuntime.load(stand_in.library())

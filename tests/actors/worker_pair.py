@@ -42,6 +42,7 @@ class Pair:
         ranks: tuple[int, int],
         rank_timeout_s: float,
         probe_interval_s: float,
+        layout: str,
         engine: dict[str, Any],
     ) -> None:
         self._engine = engine
@@ -49,7 +50,7 @@ class Pair:
         self._kv = kv
         self._rank_timeout_s, self._probe_interval_s = rank_timeout_s, probe_interval_s
         torch.set_num_threads(1)
-        self.store = StoreServer(budget_bytes=64 * MIB, layout="auto", token=TOKEN, kv_bytes=host_kv_bytes)
+        self.store = StoreServer(budget_bytes=64 * MIB, layout=layout, token=TOKEN, kv_bytes=host_kv_bytes)
         self.specs = {
             name: self.store.register(
                 ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192, degrees=tuple(sorted(set(ranks))))
@@ -176,6 +177,7 @@ async def running_pair(
     ranks: tuple[int, int] = (1, 1),
     rank_timeout_s: float = 30.0,
     probe_interval_s: float = 10.0,
+    layout: str = "auto",
     **engine: Any,
 ) -> AsyncIterator[Pair]:
     """`ranks`: of the prefill and of the decode instance. `engine`: its settings, other than the pair's own."""
@@ -188,6 +190,7 @@ async def running_pair(
         ranks=ranks,
         rank_timeout_s=rank_timeout_s,
         probe_interval_s=probe_interval_s,
+        layout=layout,
         engine=engine,
     )
     readers = await pair.connect()
