@@ -22,7 +22,7 @@ class KVSettings:
 
     backend: str = "auto"  # or one of BACKENDS: what to try; auto takes the first that works
     max_transfers: int = 256  # outstanding on one edge
-    max_bytes: int = 8 * GIB  # granted and outstanding on one edge
+    max_bytes: int = 8 * GIB  # granted and outstanding on one edge, of each rank
     silence_s: float = 10.0  # an edge with work on it that hears nothing for so long is dead
     acknowledge_s: float = 5.0  # for the peer to confirm an aborted transfer; then the edge is dropped
     handshake_s: float = 5.0

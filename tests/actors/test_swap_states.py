@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -92,8 +94,7 @@ def slots(engine: Engine, sequence: Seq, position: int) -> Iterator[tuple[int, T
     """Of every rank the place of each head that it holds, with the head's number in the model."""
     layout = sequence.spec.kv
     block, offset = divmod(position, layout.block_size)
-    others = engine._ranks.memories if engine._ranks is not None else ()
-    for rank, memory in enumerate((engine.arena.memory, *others)):
+    for rank, memory in enumerate(memories(engine)):
         part = kv_view(memory, layout)[sequence.block_ids[block], 0, 0, :, offset, 0]
         yield from zip(heads_of(layout, rank), part, strict=True)
 
@@ -105,6 +106,11 @@ def mark(sequence: Seq, position: int, head: int) -> float:
 def write(engine: Engine, sequence: Seq, position: int) -> None:
     for head, slot in slots(engine, sequence, position):
         slot.fill_(mark(sequence, position, head))
+
+
+def memories(engine: Engine) -> tuple[Tensor, ...]:
+    """Of every rank."""
+    return (engine.arena.memory, *(engine._ranks.memories if engine._ranks is not None else ()))
 
 
 class SwapMachine(RuleBasedStateMachine):
@@ -123,7 +129,7 @@ class SwapMachine(RuleBasedStateMachine):
         self.memory = TierMemory(num_host_slabs * SLAB, SLAB)
         slab_bytes, fd = self.memory.open()
         self.tier = HostTier(SlabLeases(OpenTier(fd, self.memory.nbytes, slab_bytes)))
-        self.grants, self.copier, meter = HeldGrants(self.engine), ManualCopier(self.engine.device.copy_blocks), Meter()
+        self.grants, self.copier, meter = HeldGrants(self.engine), ManualCopier(self.copy_and_spoil), Meter()
         for spec in self.engine.specs.values():
             meter.add_model(spec)
         turns, outbox = Turns(self.engine, meter, turn_policy("wrr")), Outbox(PEER, lambda _client, _frame: True)
@@ -138,6 +144,15 @@ class SwapMachine(RuleBasedStateMachine):
             self.copier,  # type: ignore[arg-type]
         )
         self.num_accepted = 0
+
+    def copy_and_spoil(
+        self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]
+    ) -> Generator[None, None, None]:
+        """What has left a rank's arena is nobody's any more."""
+        yield from self.engine.device.copy_blocks(source, source_ids, target, target_ids)
+        if source.untyped_storage().data_ptr() == self.engine.arena.memory.data_ptr():
+            for memory in memories(self.engine):
+                memory[: source.nbytes].view(source.dtype).view(source.shape)[list(source_ids)] = torch.nan
 
     @property
     def sequences(self) -> list[Seq]:
@@ -260,17 +275,21 @@ TestSwaps = SwapMachine.TestCase
 TestSwaps.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
+def running(machine: SwapMachine, **num_tokens: int) -> list[Seq]:
+    """Sequences of A whose prefills were committed."""
+    for name, count in num_tokens.items():
+        machine.role.accept(generate(name, A, count), ClientId("x"))
+        sequence = machine.role._sequences[SequenceId(name)]
+        machine.grants.live[sequence] = machine.engine.pool(A).allocate(sequence.spec.kv.num_blocks(count))
+        machine.grants.commit(sequence)
+    return machine.sequences
+
+
 def test_the_others_go_on_while_blocks_are_on_their_way_and_nobody_else_is_preempted_for_them() -> None:
     machine = SwapMachine()
     machine.build(2, 4)  # eight blocks of A
-    role, grants = machine.role, machine.grants
-    for name, num_tokens in (("old", 47), ("young", 34), ("youngest", 20)):  # 3, 3 and 2 blocks
-        role.accept(generate(name, A, num_tokens), ClientId("x"))
-        pool = machine.engine.pool(A)
-        sequence = role._sequences[SequenceId(name)]
-        grants.live[sequence] = pool.allocate(sequence.spec.kv.num_blocks(num_tokens))
-        grants.commit(sequence)
-    old, young, youngest = machine.sequences
+    role = machine.role
+    old, young, youngest = running(machine, old=47, young=34, youngest=20)  # 3, 3 and 2 blocks
     old.append(1, 0.0)  # its next token wants a fourth block
     for _ in range(3):
         assert role._room.form(A, machine.sequences) == [young]
@@ -279,3 +298,21 @@ def test_the_others_go_on_while_blocks_are_on_their_way_and_nobody_else_is_preem
     machine.copier.end(0)
     assert role._room.form(A, machine.sequences) == [old, young]
     assert youngest.phase is Phase.SWAPPED and young.num_preemptions == 0
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_sequence_that_was_swapped_out_has_its_bytes_again_on_every_rank(num_ranks: int) -> None:
+    machine = SwapMachine()
+    machine.build(2, 4, num_ranks)
+    old, _, youngest = running(machine, old=47, young=34, youngest=20)
+    old.append(1, 0.0)
+    machine.role._room.form(A, machine.sequences)
+    machine.copier.end(0)
+    machine.role._drop(old, "finished")
+    machine.role.prepare()
+    machine.copier.end(0)
+    assert youngest.phase is Phase.RUNNING and youngest.num_cached == 20
+    for position in range(20):
+        found = [(slot.item(), mark(youngest, position, head)) for head, slot in slots(machine.engine, youngest, position)]
+        assert len(found) == num_ranks and all(value == expected for value, expected in found)
+    machine.teardown()
