@@ -134,7 +134,7 @@ def run_tests(file: PytestFile, deadline_s: float, folder: Path) -> FileResult:
         return FileResult(path=file.path, outcome="not run", seconds=ended.seconds, reason=f"needs {lacking}, which is not installed here")
     if ended.status == NO_TESTS:
         return FileResult(path=file.path, outcome="not run", seconds=ended.seconds, reason="no test of it is meant for a GPU")
-    cases = list(ET.parse(report).iter("testcase")) if report.exists() else []
+    cases = _cases(report)
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = tuple(case_name(case) + ": " + skip.get("message", "") for case in cases if (skip := case.find("skipped")) is not None)
     reason = "\n".join(case_name(case) + ": " + _first_line(case) for case in failed)
@@ -151,6 +151,14 @@ def run_tests(file: PytestFile, deadline_s: float, folder: Path) -> FileResult:
         seconds=ended.seconds,
         reason=reason.strip(),
     )
+
+
+def _cases(report: Path) -> list[ET.Element]:
+    """Of a run that was killed there may be half a report, or none."""
+    try:
+        return list(ET.parse(report).iter("testcase"))
+    except (OSError, ET.ParseError):
+        return []
 
 
 def absent_module(ended: Ended) -> str | None:

@@ -14,11 +14,12 @@ import mmap
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpu.harness import Target, copy_bytes_per_s, host_to_device_bytes_per_s, matrix_flops_per_s, note
+from gpu.harness import Target, attempt, copy_bytes_per_s, host_to_device_bytes_per_s, matrix_flops_per_s, note
 
 if TYPE_CHECKING:
     from polymux.actors.engine import Engine
@@ -346,26 +347,31 @@ def measure(budget_s: float) -> dict[str, float]:
     from gpu.hash_stand_in import install
 
     install()
-    began_s = time.monotonic()
+    begin_by_s = time.monotonic() + 0.7 * budget_s
     found: dict[str, float] = {}
     copy_bytes_per_s(), matrix_flops_per_s(), host_to_device_bytes_per_s()  # before the arena takes the memory
     torch.cuda.empty_cache()
     for shape in SHAPES:
         images = make_images(shape)
-        engine = engine_of(images, (shape,), 1)
-        if shape == "7b":
-            found |= switches(engine, images, shape)
-        else:
-            engine.activate(images.spec(shape).model)
-        found |= decode_shares(engine, images, shape)
-        found[f"prefill.{shape}"] = prefill_share(engine, shape)
-        engine.close()
-        del engine
+        found |= attempt(shape, partial(of_shape, images, shape))
         gc.collect()  # what still sees the arena keeps it
         if shape == "7b":
-            if time.monotonic() - began_s < 0.7 * budget_s:
-                found["multiplexed.share"] = multiplexed(images)
+            if time.monotonic() < begin_by_s:
+                found |= attempt("multiplexed", lambda images=images: {"multiplexed.share": multiplexed(images)})  # type: ignore[misc]
             else:
                 note("engine: no time was left for three models that take turns")
         os.close(images.fd)
+    return found
+
+
+def of_shape(images: Images, shape: str) -> dict[str, float]:
+    """One model that is alone."""
+    engine, found = engine_of(images, (shape,), 1), dict[str, float]()
+    if shape == "7b":
+        found |= attempt("switch", partial(switches, engine, images, shape))
+    else:
+        engine.activate(images.spec(shape).model)
+    found |= attempt(f"decode.{shape}", partial(decode_shares, engine, images, shape))
+    found |= attempt(f"prefill.{shape}", lambda: {f"prefill.{shape}": prefill_share(engine, shape)})
+    engine.close()
     return found

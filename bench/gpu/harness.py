@@ -6,13 +6,15 @@ A module of this folder is a benchmark if it has
     def measure(budget_s: float) -> dict[str, float]  # a figure for each target's name, and any others
 
 and may have `BUDGET_S: float`, the seconds that it would like (60 otherwise). `bench/gpu_check.py` imports it without a GPU too, to list
-what is owed, and calls `measure` in a process of its own that is killed some time after the budget. A figure that could not be taken
-is left out, and `note` says why. Besides torch, triton, numpy and msgpack nothing may be needed at import.
+what is owed, and calls `measure` in a process of its own that is interrupted some time after the budget, then killed. A figure that could
+not be taken is left out, and `note` says why; `attempt` keeps what fails from taking the other figures with it. Besides torch, triton,
+numpy and msgpack nothing may be needed at import.
 """
 
 from __future__ import annotations
 
 import statistics
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +24,7 @@ import torch
 NOTE = "note: "  # begins the lines of a benchmark's output that go into the results
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
 GIB = 1 << 30
+FAILED: list[str] = []  # parts of this process's benchmark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,22 @@ class Target:
 def note(text: str) -> None:
     """Put a line into the results, such as what was not measured and why."""
     print(NOTE + text, flush=True)
+
+
+def attempt(part: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The figures that `work` takes. Where it fails there are none: the benchmark has failed, and goes on; an interrupt ends it."""
+    if "interrupted" in FAILED:
+        return {}
+    try:
+        return work()
+    except KeyboardInterrupt:
+        note(f"{part}: interrupted at the deadline")
+        FAILED.append("interrupted")
+    except Exception as error:  # whatever it is, the other figures are wanted
+        traceback.print_exc()
+        note(f"{part} failed: {error!r:.300}")
+        FAILED.append(part)
+    return {}
 
 
 def time_s(run: Callable[[], object], *, rounds: int = 20, warmup: int = 3, is_cold: bool = True) -> float:
@@ -88,6 +107,6 @@ def matrix_flops_per_s(dtype: torch.dtype = torch.bfloat16, size: int = 8192) ->
 @cache
 def host_to_device_bytes_per_s(nbytes: int = GIB) -> float:
     """What its host link does: one copy from pinned memory."""
-    source = torch.empty(nbytes, dtype=torch.int8, pin_memory=True).random_(0, 127)
-    target = torch.empty(nbytes, dtype=torch.int8, device="cuda")
+    target = torch.randint(0, 127, (nbytes,), dtype=torch.int8, device="cuda")
+    source = torch.empty(nbytes, dtype=torch.int8, pin_memory=True).copy_(target)
     return nbytes / time_s(lambda: target.copy_(source, non_blocking=True), rounds=5, warmup=1, is_cold=False)

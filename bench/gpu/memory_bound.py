@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from gpu.harness import Target, copy_bytes_per_s, note, time_s
+from gpu.harness import Target, attempt, copy_bytes_per_s, note, time_s
 from gpu.memory_cases import VOCABULARY, Case, cases, picks_of
 from polymux.kernels.gpu import pick
 from polymux.kernels.row_sampling import RowPick
@@ -51,9 +52,9 @@ TARGETS = (
 def measure(budget_s: float) -> dict[str, float]:
     torch.manual_seed(0)
     deadline = time.monotonic() + budget_s
-    figures = _sampling()
+    figures = attempt("sampling", _sampling)
     for case in cases():
-        figures |= _shares(case)
+        figures |= attempt(case.name, partial(_shares, case))
         if time.monotonic() > deadline:
             note(f"memory_bound: out of time after {case.name}")
             break

@@ -19,7 +19,8 @@ from gpu.harness import Target
 from gpu_jobs import ROOT, Benchmark, FileResult, Measured, PytestFile
 from gpu_results import Report, as_json, markdown, owed, verdict
 
-ABSENT = ("ray", "starlette", "uvicorn", "numba", "pydantic", "typer")  # from a machine that has torch, triton, numpy, msgpack and pytest
+# From a machine that has torch, triton, numpy, msgpack, hypothesis and pytest.
+ABSENT = ("ray", "starlette", "uvicorn", "numba", "pydantic", "typer", "blake3", "httpx")
 TARGETS = (Target(name="share", claim="of the bandwidth", at_least=0.85), Target(name="late", claim="seconds", unit="s", at_most=1.0))
 GOOD = Benchmark(name="good", title="A good one.", targets=TARGETS)
 
@@ -34,11 +35,13 @@ def test_without_a_gpu_it_lists_what_is_owed_and_the_list_in_the_repository_is_t
     assert (tmp_path / "gpu-owed.md").read_text() == (ROOT / "docs" / "results" / "gpu-owed.md").read_text(), "run `make gpu-check`"
 
 
-def test_its_benchmarks_and_tests_need_neither_ray_nor_a_web_server() -> None:
+@pytest.mark.parametrize("folder", sorted({str(Path(one.path).parent) for one in gpu_jobs.find_tests()}))
+def test_its_benchmarks_and_tests_need_neither_ray_nor_a_web_server(folder: str) -> None:
+    """A folder at a time: what one folder's conftest.py provides must not help another's tests."""
     block = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); sys.path[:0] = ['bench', 'tests/transport']; "
     code = block + "from gpu_jobs import *; bad = [one for one in find_benchmarks() if one.broken]; assert not bad, bad; "
-    code += "import pytest; files = [one.path for one in find_tests()]; "
-    code += "sys.exit(pytest.main([*PYTEST[2:], '--collect-only', '-q', *files]) if files else 0)"
+    code += f"import pytest; files = [one.path for one in find_tests() if one.path.startswith('{folder}/test_')]; "
+    code += "sys.exit(pytest.main([*PYTEST[2:], '--collect-only', '-q', *files]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -88,17 +91,22 @@ def test_parts_that_fail_or_hang_leave_the_others_their_time(tmp_path: Path, mon
     folder.mkdir()
     (folder / "hangs.py").write_text("import time\ndef measure(budget_s): time.sleep(60)\n")
     (folder / "fails.py").write_text("def measure(budget_s): raise ValueError('no such kernel')\n")
+    parts = "'a', lambda: {'x': 1.0}", "'b', lambda: 1 / 0", "'c', lambda: time.sleep(60)", "'d', lambda: {'y': 1.0}"
+    text = "import time\nfrom gpu.harness import attempt\ndef measure(budget_s):\n found = {}\n"
+    (folder / "parts.py").write_text(text + "".join(f" found |= attempt({part})\n" for part in parts) + " return found\n")
     (folder / "good.py").write_text("def measure(budget_s):\n print('note: alone')\n return {'share': 0.9}\n")
     monkeypatch.setitem(gpu_jobs.ENV, "PYTHONPATH", f"{tmp_path}{os.pathsep}{gpu_jobs.ENV['PYTHONPATH']}")
     (tmp_path / "test_fine.py").write_text("def test_a(): pass\n")
-    benchmarks = [Benchmark(name="broken", broken="ImportError()"), *(Benchmark(name=name) for name in ("hangs", "fails")), GOOD]
+    benchmarks = [Benchmark(name="broken", broken="ImportError()"), *(Benchmark(name=name) for name in ("hangs", "fails", "parts")), GOOD]
     began = time.monotonic()
     tests, measured = gpu_check.check([PytestFile(path=str(tmp_path / "test_fine.py"))], benchmarks, 30.0)
     assert time.monotonic() - began < 32.0
     assert [one.outcome for one in tests] == ["passed"]
-    assert [one.outcome for one in measured] == ["failed", "failed", "failed", "measured"]
+    assert [one.outcome for one in measured] == ["failed"] * 4 + ["measured"]
     assert "no such kernel" in measured[2].reason
-    assert (measured[3].figures, measured[3].notes) == ({"share": 0.9}, ("alone",))
+    assert measured[3].figures == {"x": 1.0}
+    assert [one.partition(":")[0] for one in measured[3].notes] == ["b failed", "c"]
+    assert (measured[4].figures, measured[4].notes) == ({"share": 0.9}, ("alone",))
 
 
 def report(*measured: Measured) -> Report:
