@@ -16,7 +16,7 @@ from polymux.kernels import few_rows, onednn, reference
 from polymux.kernels.few_rows import MAX_ROWS, FewRows, Heads
 
 pytestmark = pytest.mark.skipif(not few_rows.is_available(), reason="numba, or packed bf16, is not here")
-EPS, NUM_BLOCKS, SLOTS = 1e-5, 60, 16
+EPS, NUM_BLOCKS, SLOTS = 1e-5, 16, 16  # blocks for each of so many rows, of which 13 are used at most
 
 
 @dataclass(frozen=True, kw_only=True)
