@@ -32,11 +32,11 @@ KINDS = {
 
 
 class Store:
-    def __init__(self, layout: str, dtype: str = "float32") -> None:
+    def __init__(self, layout: str, dtype: str = "float32", names: tuple[ModelName, ...] = NAMES) -> None:
         self._store = WeightStore(budget_bytes=64 * MIB, layout=layout)
         self.specs = {
             name: replace(self._store.register(ModelSource(model=name, path=str(MODELS / name), dtype=dtype)), max_model_len=192)
-            for name in NAMES
+            for name in names
         }
 
     def fetch(self, model: ModelName) -> OpenImage:

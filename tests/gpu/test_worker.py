@@ -11,7 +11,8 @@ from polymux.actors.copier import copy_blocks
 from polymux.actors.gpu.device import CudaDevice
 from polymux.actors.gpu.graphs import CudaGraphs
 from polymux.actors.gpu.runtime import TorchRuntime
-from polymux.transport.units import MIB
+from polymux.kernels import choice
+from polymux.transport.units import MIB, ModelName
 
 from ..actors.planned_batches import KINDS, NAMES, Batch, Store, engine_on, tokens_of
 
@@ -54,6 +55,19 @@ def test_graphs_draw_what_steps_without_them_draw(kind: str, store: Store) -> No
     graphs = CudaGraphs()
     assert run_on(CudaDevice(graphs=graphs), store, kind) == run_on(CudaDevice(graphs=Eager()), store, kind)
     assert graphs.num_replayed > 0
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_a_librarys_attention_draws_the_same_with_graphs_and_without(kind: str) -> None:
+    pytest.importorskip("flashinfer", exc_type=ImportError)
+    name = ModelName("qwen3-large")  # heads of 64
+    store, params, found = Store("plain", "bfloat16", (name,)), [replace(KINDS[kind], seed=i) for i in range(3)], []
+    for graphs in (CudaGraphs(), Eager()):
+        with choice.override("attend=flashinfer"):
+            engine = engine_on(store, CudaDevice(graphs=graphs), 1)
+            found.append(tokens_of(Batch(engine, store.specs[name], params, runs_ahead=True).run(40)))  # into further blocks
+            engine.close()
+    assert found[0] == found[1]
 
 
 def test_models_that_take_turns_compute_with_their_own_weights(store: Store) -> None:
