@@ -10,13 +10,19 @@ from polymux.disagg.sim.residency import PhysicalSwitcher
 from polymux.disagg.sim.traffic import Traffic
 from polymux.transport.units import ModelName
 
+SMOOTHING = 0.2  # of what the last load says
+
 
 @dataclass(slots=True, kw_only=True)
 class LinkedSwitcher(PhysicalSwitcher):
-    """Predictions are those of a load alone. Of two loads at once, such as a switch past a prefetch, each has its share of the link."""
+    """Predictions are what a worker has learned of its own loads: how much longer than alone they took lately.
+
+    Of two loads at once, such as a switch past a prefetch, each has its share of the link.
+    """
 
     device: int
     traffic: Traffic
+    _stretch: float = 1.0
     _coming: dict[ModelName, Flow] = field(default_factory=dict)
 
     def coming(self) -> Flow | None:
@@ -25,6 +31,8 @@ class LinkedSwitcher(PhysicalSwitcher):
     def arrived(self, flow: Flow, now_us: int) -> None:
         for model in [model for model, one in self._coming.items() if one is flow]:
             del self._coming[model]
+            took_us = now_us + self.traffic.overhead_us - flow.began_us
+            self._stretch += SMOOTHING * (took_us / self.costs.load_us(self.kinds[model]) - self._stretch)
             self._residents[model].ready_us = self.link.free_at_us = now_us + self.traffic.overhead_us
 
     def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int | None:
@@ -36,8 +44,11 @@ class LinkedSwitcher(PhysicalSwitcher):
         """A flow of its own."""
         return 0
 
+    def _predicted_us(self, model: ModelName) -> int:
+        return round(self.costs.load_us(self.kinds[model]) * self._stretch)
+
     def _free_at_us(self) -> int:
-        loads_us = [flow.began_us + self.costs.load_us(self.kinds[model]) for model, flow in self._coming.items()]
+        loads_us = [flow.began_us + self._predicted_us(model) for model, flow in self._coming.items()]
         return max(loads_us, default=self.link.free_at_us)
 
     def _load(self, model: ModelName, now_us: int, load_us: int) -> int:

@@ -170,7 +170,7 @@ class PhysicalSwitcher:
         """A prediction, as a worker makes it: it knows that a load is under way, not how fast it goes."""
         if model == self.active:
             return 0
-        load_us = self.costs.load_us(self.kinds[model])
+        load_us = self._predicted_us(model)
         resident = self._residents.get(model)
         if resident is None:
             return max(0, self._free_at_us() - now_us) + load_us
@@ -238,6 +238,10 @@ class PhysicalSwitcher:
         self._residents[model] = _Resident(plan.offset, self._nbytes(model), now_us, ready_us, now_us)
         self._resident = frozenset(self._residents)
         return moved_us
+
+    def _predicted_us(self, model: ModelName) -> int:
+        """Of a load that waits for nothing."""
+        return self.costs.load_us(self.kinds[model])
 
     def _free_at_us(self) -> int:
         """When a load that is asked for now could begin, as a worker predicts it."""

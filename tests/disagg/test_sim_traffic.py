@@ -11,14 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymux.disagg.sim.costs import H100_ARTIFACT, MS, SECOND
+from polymux.disagg.sim.linked import LinkedSwitcher
 from polymux.disagg.sim.loop import SWITCH, Journal
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.physical import GIB, KIB, PhysicalCosts, physical_costs
 from polymux.disagg.sim.policies import POLICIES, Pool, simulation
 from polymux.disagg.sim.token_level import TokenLevel
 from polymux.disagg.sim.topology import Hosts
+from polymux.disagg.sim.traffic import Traffic
 from polymux.disagg.sim.workload import SimRequest
 from polymux.transport.errors import ConfigError
+from polymux.transport.units import ModelName
 
 TARGETS = Targets(ttft_us=10 * SECOND, tpot_us=100 * MS)
 QWEN, LLAMA = "qwen2.5-7b", "llama2-13b"
@@ -124,6 +127,22 @@ def test_nobody_notices_a_load_of_another_host() -> None:
     _, served = serve([request(0, 0, "a"), request(1, 0, "b")], hosts, costs_at(hosts), num_devices=2)
     _, (one,) = serve([request(0, 0, "a")], hosts, costs_at(hosts))
     assert [other.ttft_us for other in served] == [one.ttft_us] * 2
+
+
+def test_a_worker_predicts_by_what_its_loads_took_lately() -> None:
+    costs, asked = costs_at(Hosts()), []
+    traffic = Traffic(costs, Hosts(), 1, lambda at_us, flow: asked.append(at_us))
+    kinds = {ModelName("a"): QWEN, ModelName("b"): QWEN}
+    switcher = LinkedSwitcher(costs, kinds, 40 * GIB, lambda: 40 * GIB, device=0, traffic=traffic)
+    alone_us = costs.load_us(QWEN)
+    assert switcher.switch(ModelName("a"), 0, ()) == 0
+    flow = switcher.coming()
+    assert flow is not None and switcher.resident == {"a"}
+    assert switcher.wait_us(ModelName("b"), 1000) == 2 * alone_us - 1000  # behind the other, as it is predicted
+    traffic.links.ended(flow, asked[0])
+    switcher.arrived(flow, 3 * alone_us - 2000)  # three times as long as alone
+    assert switcher.coming() is None
+    assert switcher.wait_us(ModelName("b"), 9 * alone_us) == pytest.approx(1.4 * alone_us, abs=1)
 
 
 def test_kv_that_gave_way_goes_and_comes_over_the_links() -> None:
