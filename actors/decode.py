@@ -33,6 +33,7 @@ from polymux.transport.errors import (
     PolymuxError,
     TransferError,
 )
+from polymux.transport.head_slices import sharded
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed
 from polymux.transport.messages import Generate, ModelLoad, Peer, SpanKind
 from polymux.transport.prefix import TOKEN_BYTES
@@ -161,7 +162,7 @@ class DecodeRole:
     def _note_arrival(self, sequence: Sequence, event: KVCommitted) -> None:
         if event.ended_s == event.began_s:  # computed here: nothing came
             return
-        nbytes = len(sequence.block_ids) * sequence.spec.kv.block_bytes
+        nbytes = len(sequence.block_ids) * sharded(sequence.spec.kv, 1).block_bytes
         self._meter.timeline.add(
             SpanKind.KV_IN, sequence.spec.model, event.began_s, event.ended_s, nbytes=nbytes, num_seqs=1, num_tokens=sequence.num_tokens
         )

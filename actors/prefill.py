@@ -25,6 +25,7 @@ from polymux.actors.updates import token_update
 from polymux.disagg.prefill import PrefillPolicy, PrefillStep
 from polymux.disagg.views import PrefillView, PromptView
 from polymux.transport.errors import Cancelled, DeadlineExceeded, NoFreeBlocks, PolymuxError
+from polymux.transport.head_slices import sharded
 from polymux.transport.kv import OrderRef
 from polymux.transport.messages import FinishReason, ModelLoad, ModelSpec, Prefill, Prefilled, SpanKind
 from polymux.transport.prefix import TOKEN_BYTES, chain
@@ -138,7 +139,7 @@ class PrefillRole:
                 return
             del self._jobs[job.command.sequence_id]
         if job.pushed_s is not None and not is_local(order):
-            nbytes = job.spec.kv.num_blocks(job.num_done) * job.spec.kv.block_bytes
+            nbytes = job.spec.kv.num_blocks(job.num_done) * sharded(job.spec.kv, 1).block_bytes
             self._meter.timeline.add(
                 SpanKind.KV_OUT, job.spec.model, job.pushed_s, at_s, nbytes=nbytes, num_seqs=1, num_tokens=job.num_done
             )

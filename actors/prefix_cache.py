@@ -19,6 +19,7 @@ from polymux.actors.host_prefixes import HostPrefixes
 from polymux.actors.kv_blocks import BlockManager, BlockPool
 from polymux.disagg.cost import Roofline, guess_prefill
 from polymux.disagg.reuse import Worth
+from polymux.transport.head_slices import sharded
 from polymux.transport.messages import KVLayout, ModelSpec
 from polymux.transport.prefix import MAX_CACHED_MARKS, TOKEN_BYTES, blocks_of, extend, mark, num_matchable, root
 from polymux.transport.units import NO_IDS, PackedIds, pack_ids
@@ -172,8 +173,10 @@ class PrefixCache:
         shelf = self._shelves.get(key)
         if shelf is None:
             _, token_s, _ = guess_prefill(spec, Roofline()).coefficients
-            worth = Worth(seconds=token_s * spec.kv.block_size, nbytes=spec.kv.block_bytes).touched(self._clock())
-            shelf = self._shelves[key] = Shelf(spec, self._blocks.pool(spec.kv), worth)
+            kv = spec.kv
+            copied_bytes = sharded(kv, 1).block_bytes + kv.num_ranks * kv.block_bytes
+            worth = Worth(seconds=token_s * kv.block_size, nbytes=kv.block_bytes, copied_bytes=copied_bytes)
+            shelf = self._shelves[key] = Shelf(spec, self._blocks.pool(kv), worth.touched(self._clock()))
         return shelf
 
     def _touch(self, shelf: Shelf, end: Prefix) -> None:

@@ -16,13 +16,14 @@ class Worth:
     """Of one model's blocks. A block's chance is its model's, halved with every `REUSE_HALF_LIFE_S` since the block was used."""
 
     seconds: float  # to compute one block again
-    nbytes: int  # of one block
+    nbytes: int  # of one block, on each rank
+    copied_bytes: int  # of one block to the host, and back to every rank
     popularity: Popularity = field(default_factory=Popularity)
 
     @property
     def pays_a_copy(self) -> bool:
         """Are two copies of a block, to the host and back, quicker than computing it again?"""
-        return 2 * self.nbytes / Roofline().copy_bytes_per_s < self.seconds
+        return self.copied_bytes / Roofline().copy_bytes_per_s < self.seconds
 
     def touched(self, now_s: float) -> Worth:
         """A prompt of this model came."""

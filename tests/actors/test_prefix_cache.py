@@ -14,6 +14,7 @@ from polymux.actors.host_prefixes import HostPrefixes
 from polymux.actors.host_tier import HostTier
 from polymux.actors.kv_blocks import BlockManager
 from polymux.actors.prefix_cache import PrefixCache
+from polymux.disagg.cost import Roofline
 from polymux.disagg.reuse import REUSE_HALF_LIFE_S, Worth
 from polymux.transport.errors import NoFreeBlocks, OutOfMemory
 from polymux.transport.host_tier import OpenTier, SlabLeases, TierMemory
@@ -305,10 +306,16 @@ def test_cached_blocks_may_be_reclaimed_in_the_middle_of_an_allocation() -> None
 
 
 def test_worth_falls_with_time_and_rises_with_use() -> None:
-    worth = Worth(seconds=0.01, nbytes=1000).touched(0.0)
+    worth = Worth(seconds=0.01, nbytes=1000, copied_bytes=2000).touched(0.0)
     assert worth.per_byte(0.0, 0.0) > worth.per_byte(0.0, REUSE_HALF_LIFE_S) > 0
     assert worth.touched(0.0).per_byte(0.0, 0.0) > worth.per_byte(0.0, 0.0)
     assert replace(worth, seconds=0.02).per_byte(0.0, 0.0) == pytest.approx(2 * worth.per_byte(0.0, 0.0))
+
+
+def test_a_block_is_kept_on_the_host_where_copying_all_ranks_shares_is_quicker_than_computing() -> None:
+    worth = Worth(seconds=0.001, nbytes=1000, copied_bytes=2000)
+    assert worth.pays_a_copy
+    assert not replace(worth, copied_bytes=2 * int(0.001 * Roofline().copy_bytes_per_s)).pays_a_copy
 
 
 @dataclass

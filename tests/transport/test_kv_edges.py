@@ -18,6 +18,7 @@ from polymux.transport.errors import (
     StaleEpoch,
 )
 from polymux.transport.kv import KVCommitted, KVSink
+from polymux.transport.region import BlockGrid
 from polymux.transport.units import Epoch
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -208,7 +209,7 @@ def test_in_one_region_a_block_that_is_in_place_is_handed_over_as_it_is(kv_peer:
         edge.order(decoder.prefill_of(transfer, prefiller.peer, 5.0, target_epoch=Epoch(3)), layout)
         assert done.wait(5)
         assert isinstance(events[0], KVCommitted)
-        grid = kv_peer.BlockGrid(prefiller.region.buffer, layout)
+        grid = BlockGrid(prefiller.region.buffer, layout)
         assert (grid.array[blocks] == kv_peer.pattern("r/0", 3, layout)).all()
         keep(prefiller.ordered[0])
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from backends import QUICK, all_given_back, between_processes
+from kv_memories import region_bytes
 from processes import address_of, until
 from rank_memory import RankMemory, rank_memories
 
@@ -28,12 +29,12 @@ DEGREES = ((2, 1), (1, 2), (2, 2))  # of two heads; more ranks than heads are in
 
 
 @contextmanager
-def sides(kv_peer: Any, config: Any, ranks: tuple[int, int]) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[RankMemory]]]:
+def sides(config: Any, ranks: tuple[int, int]) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[RankMemory]]]:
     """Configurations of a source in a process of its own and of a sink, whose other ranks' memory is of processes again: the source's."""
     device = config()["gpu"]
     with (
-        rank_memories(kv_peer.region_bytes(ranks[0]), ranks[0] - 1, device) as of_source,
-        rank_memories(kv_peer.region_bytes(ranks[1]), ranks[1] - 1, device) as of_sink,
+        rank_memories(region_bytes(ranks[0]), ranks[0] - 1, device) as of_source,
+        rank_memories(region_bytes(ranks[1]), ranks[1] - 1, device) as of_sink,
     ):
         source = config(child=True, ranks=ranks, handles=[one.handle for one in of_source])
         yield source, config(ranks=ranks, handles=[one.handle for one in of_sink]), of_source
@@ -43,7 +44,7 @@ def sides(kv_peer: Any, config: Any, ranks: tuple[int, int]) -> Iterator[tuple[d
 def test_blocks_arrive_exactly_between_instances_whose_ranks_are_processes(
     kv_peer: Any, child: Any, config: Any, ranks: tuple[int, int]
 ) -> None:
-    with sides(kv_peer, config, ranks) as (source_config, sink_config, _):
+    with sides(config, ranks) as (source_config, sink_config, _):
         decoder = kv_peer.Decoder(**sink_config)
         try:
             with child(role="prefill", **source_config) as source:
@@ -62,7 +63,7 @@ def test_blocks_arrive_exactly_between_instances_whose_ranks_are_processes(
 
 @pytest.mark.parametrize("action", ["kill", "freeze"])
 def test_an_instance_that_dies_or_freezes_costs_its_transfers_only(kv_peer: Any, child: Any, config: Any, action: str) -> None:
-    with sides(kv_peer, config, (2, 2)) as (source_config, sink_config, _):
+    with sides(config, (2, 2)) as (source_config, sink_config, _):
         decoder = kv_peer.Decoder(**sink_config)
         try:
             fault = {"step": "source.send.move", "action": action, "nth": 1}
@@ -83,7 +84,7 @@ def test_an_instance_that_dies_or_freezes_costs_its_transfers_only(kv_peer: Any,
 
 def test_a_rank_that_is_frozen_keeps_nobody_from_its_memory(kv_peer: Any, child: Any, config: Any) -> None:
     """What it has computed is there: whether it computes any more is its instance's business."""
-    with sides(kv_peer, config, (2, 1)) as (source_config, sink_config, (rank,)):
+    with sides(config, (2, 1)) as (source_config, sink_config, (rank,)):
         decoder = kv_peer.Decoder(**sink_config)
         try:
             with child(role="prefill", **source_config) as source:
@@ -98,7 +99,7 @@ def test_a_rank_that_is_frozen_keeps_nobody_from_its_memory(kv_peer: Any, child:
 def test_an_instance_whose_rank_is_dead_cannot_be_mapped(kv_peer: Any, child: Any, at_rest: Any) -> None:
     """On the stand-in: what becomes of such memory on a GPU the driver does not say."""
     settings = {"settings": QUICK | {"backend": "cuda_ipc"}, "gpu": "stand-in", "ranks": (2, 1)}
-    with rank_memories(kv_peer.region_bytes(2), 1, "stand-in") as (rank,):
+    with rank_memories(region_bytes(2), 1, "stand-in") as (rank,):
         decoder = kv_peer.Decoder(**settings, handles=[])
         try:
             with child(role="prefill", **settings, handles=[rank.handle]) as source:
