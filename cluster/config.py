@@ -53,7 +53,7 @@ class ModelConfig(Section):
 class PoolConfig(Section):
     workers: int = Field(default=1, ge=1, le=4096, description="number of workers")
     tensor_parallel: int = Field(
-        default=1, ge=1, le=MAX_RANKS, description="ranks of one worker: processes that share every model and its KV; on CPUs only"
+        default=1, ge=1, le=MAX_RANKS, description="ranks of one worker: processes that share every model and its KV; on GPUs one for each"
     )
     num_threads: AutoCount = Field(default=None, description="compute threads of one rank; auto divides the host's cores")
     arena_bytes: AutoBytes = Field(default=None, description="memory of one rank, weights and KV, such as 64MiB; auto fits its models")

@@ -49,12 +49,18 @@ class Slot:
 
     host: GpuHost
     gpus: tuple[int, ...]  # by index in their host; none where even Ray cannot say
+    names: tuple[str, ...] = ()  # of the same, as Ray and CUDA_VISIBLE_DEVICES call them
 
     def link(self, other: Slot) -> Link:
         """The slowest between any two of them."""
         if self.host.node_id != other.host.node_id:
             return Link.NVLINK if self.host.room and self.host.room == other.host.room else Link.NETWORK
         return min((self.host.gpus.link(i, j) for i in self.gpus for j in other.gpus), default=Link.SYSTEM)
+
+    @property
+    def within(self) -> Link:
+        """The slowest between two GPUs of this one worker, over which its ranks' sums go."""
+        return self.link(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +91,23 @@ class Seating:
         """For /v1/polymux/topology: by pool what was chosen and why, by worker its GPUs."""
         pools = {str(role): {"device": one.device, "num_gpus": one.num_gpus, "why": one.why} for role, one in self.devices.items()}
         slots = {worker_id: seat.slot for worker_id, seat in self.seats.items() if seat.slot is not None}
-        workers = {worker_id: {"host": slot.host.gpus.describe(), "gpus": list(slot.gpus)} for worker_id, slot in slots.items()}
+        workers = {
+            worker_id: {"host": slot.host.gpus.describe(), "gpus": list(slot.gpus), "joined_by": slot.within.name.lower()}
+            for worker_id, slot in slots.items()
+        }
         return {"pools": pools, "workers": workers}
 
     def describe(self) -> str:
-        return "; ".join(describe(role, one) for role, one in self.devices.items())
+        return "; ".join([*(describe(role, one) for role, one in self.devices.items()), *self._far_apart()])
+
+    def _far_apart(self) -> list[str]:
+        """Workers whose ranks sum over slower links than others of their host would have."""
+        slots = {worker_id: seat.slot for worker_id, seat in self.seats.items() if seat.slot is not None and len(seat.slot.gpus) > 1}
+        return [
+            f"the ranks of {worker_id} on GPUs {', '.join(map(str, slot.gpus))} are joined by {slot.within.name.lower()} only"
+            for worker_id, slot in slots.items()
+            if slot.within < slot.host.gpus.nearest(len(slot.gpus))
+        ]
 
 
 def choose(config: ClusterConfig, hosts: Sequence[GpuHost]) -> dict[Role, PoolDevice]:
@@ -97,8 +115,9 @@ def choose(config: ClusterConfig, hosts: Sequence[GpuHost]) -> dict[Role, PoolDe
     pools = {Role.PREFILL: config.pools.prefill, Role.DECODE: config.pools.decode}
     usable = [host for host in hosts if not host.why_unusable]
     devices = _together({role: _device(role, pool, hosts, usable) for role, pool in pools.items()}, pools)
-    given = sum(pool.workers * pool.num_gpus for pool in pools.values() if pool.num_gpus)
-    open_roles = [role for role, (device, _) in devices.items() if device == "cuda" and pools[role].num_gpus is None]
+    asked = {role: _asked(pools[role], device) for role, (device, _) in devices.items()}
+    given = sum(pools[role].workers * num_gpus for role, num_gpus in asked.items() if num_gpus)
+    open_roles = [role for role, (device, _) in devices.items() if device == "cuda" and asked[role] is None]
     num_left = int(sum(host.num_gpus for host in usable) - given)
     share = gpu_share(sum(pools[role].workers for role in open_roles), num_left)
     if open_roles and share is None:
@@ -109,9 +128,16 @@ def choose(config: ClusterConfig, hosts: Sequence[GpuHost]) -> dict[Role, PoolDe
         )
     found = {}
     for role, (device, why) in devices.items():
-        num_gpus = (share or 0.0) if role in open_roles else (pools[role].num_gpus or 0.0)
+        num_gpus = (share or 0.0) if role in open_roles else (asked[role] or 0.0)
         found[role] = PoolDevice(device=device, num_gpus=num_gpus, why=why)
     return found
+
+
+def _asked(pool: PoolConfig, device: Device) -> float | None:
+    """GPUs of each worker, where somebody says so: the configuration, or the ranks, which have one each. None: what is left is shared."""
+    if pool.num_gpus is None and device == "cuda" and pool.tensor_parallel > 1:
+        return float(pool.tensor_parallel)
+    return pool.num_gpus
 
 
 def _together(devices: dict[Role, tuple[Device, str]], pools: Mapping[Role, PoolConfig]) -> dict[Role, tuple[Device, str]]:
@@ -130,22 +156,35 @@ def _together(devices: dict[Role, tuple[Device, str]], pools: Mapping[Role, Pool
 def _device(role: Role, pool: PoolConfig, hosts: Sequence[GpuHost], usable: Sequence[GpuHost]) -> tuple[Device, str]:
     num_gpus = sum(host.num_gpus for host in usable)
     reasons = "; ".join(sorted({host.why_unusable for host in hosts if host.why_unusable})) or "no host has one that Ray knows"
-    if pool.tensor_parallel > 1:
-        why = f"pools.{role}.tensor_parallel={pool.tensor_parallel}, and several ranks compute on CPUs only"
-        if pool.device == "cuda":
-            raise ConfigError(f"{why}: set pools.{role}.device to cpu, or tensor_parallel to 1")
-        return "cpu", why
     if pool.device == "cpu":
         return "cpu", f"pools.{role}.device=cpu"
     if pool.num_gpus == 0:
         if pool.device == "cuda":
             raise ConfigError(f"pools.{role} has device=cuda and num_gpus=0; leave num_gpus at auto")
         return "cpu", f"pools.{role}.num_gpus=0"
+    if num_gpus and pool.tensor_parallel > 1:
+        return _device_of_ranks(role, pool, usable)
     if num_gpus:
         return "cuda", f"{num_gpus} usable GPU{'s' if num_gpus > 1 else ''}"
     if pool.device == "cuda":
         raise ConfigError(f"pools.{role}.device=cuda, and there is no usable GPU: {reasons}; set it to auto or cpu, or repair that")
     return "cpu", f"no usable GPU: {reasons}"
+
+
+def _device_of_ranks(role: Role, pool: PoolConfig, usable: Sequence[GpuHost]) -> tuple[Device, str]:
+    """Each rank has one whole GPU, and all of them are in one host."""
+    wanted, largest = pool.tensor_parallel, max(host.num_gpus for host in usable)
+    if pool.num_gpus not in (None, wanted):
+        why = f"pools.{role}.num_gpus={pool.num_gpus:g} is not a GPU for each rank of pools.{role}.tensor_parallel={wanted}"
+        fix = f"leave num_gpus at auto, or set it to {wanted}, or pools.{role}.device to cpu"
+    elif largest < wanted:
+        why = f"pools.{role}.tensor_parallel={wanted} takes as many GPUs of one host, and no host has more than {largest}"
+        fix = f"lower it to {largest}, or set pools.{role}.device to cpu"
+    else:
+        return "cuda", f"{wanted} GPUs of one host for the ranks of each worker"
+    if pool.device == "cuda" or pool.num_gpus is not None:
+        raise ConfigError(f"{why}; {fix}")
+    return "cpu", why
 
 
 def seat(pool: PoolDevice, slot: Slot) -> Seat:
@@ -154,13 +193,13 @@ def seat(pool: PoolDevice, slot: Slot) -> Seat:
 
 
 def _arena_bytes(num_gpus: float, slot: Slot) -> int | None:
-    """What a worker's share of its first GPU leaves for an arena. None where the driver does not say how large it is."""
-    sizes = [slot.host.gpus.gpus[i].memory_bytes for i in slot.gpus[:1] if i < len(slot.host.gpus.gpus)]
+    """What a worker's share of its GPU, or of the smallest of several, leaves for an arena on each. None where no driver says how large."""
+    sizes = [slot.host.gpus.gpus[i].memory_bytes for i in slot.gpus if i < len(slot.host.gpus.gpus)]
     if not sizes:
         return None
-    share = int(min(num_gpus, 1.0) * GPU_SHARE * sizes[0]) - GPU_OVERHEAD_BYTES
+    share = int(min(num_gpus, 1.0) * GPU_SHARE * min(sizes)) - GPU_OVERHEAD_BYTES
     if share <= 0:
-        raise ConfigError(f"{num_gpus:g} of a GPU with {sizes[0]} bytes leaves no room for an arena; let fewer workers share it")
+        raise ConfigError(f"{num_gpus:g} of a GPU with {min(sizes)} bytes leaves no room for an arena; let fewer workers share it")
     return share
 
 

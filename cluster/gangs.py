@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import ray
@@ -21,7 +22,7 @@ from polymux.cluster.devices import GpuHost, PoolDevice, Seat, Seating, Slot, ch
 from polymux.cluster.gpu_topology import HostGpus
 from polymux.cluster.probes import look, where
 from polymux.cluster.processes import WorkerPlace
-from polymux.disagg.placement import Gang, Room, deal, gangs, near_order
+from polymux.disagg.placement import Gang, Room, deal, gangs, near_order, stretches
 from polymux.transport.errors import ConfigError
 from polymux.transport.messages import Role
 from polymux.transport.units import WorkerId
@@ -30,6 +31,8 @@ DOMAIN_LABEL = "ray.io/gpu-domain"  # set by whoever starts the nodes: ray start
 LOOK_S = 120.0  # for a host to say what GPUs it has
 RESERVE_S = 30.0  # for Ray to find room for a gang
 CPU_SHARE = 0.8  # of a host's CPUs, for the workers on it
+Bundle = dict[str, float]  # resources that Ray sets aside together
+
 ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # so that an index means the same GPU to Ray, NVML and CUDA
 
 
@@ -39,10 +42,15 @@ class Gangs:
     def __init__(self) -> None:
         self._groups: list[PlacementGroup] = []
         self._options: dict[WorkerId, dict[str, Any]] = {}
+        self._environment: dict[WorkerId, dict[str, str]] = {}
 
     def options(self, worker_id: WorkerId) -> dict[str, Any] | None:
         """With which a worker's actor takes all that was set aside for it; None for one without a GPU."""
         return self._options.get(worker_id)
+
+    def environment(self, worker_id: WorkerId) -> dict[str, str]:
+        """What its process must find set."""
+        return self._environment.get(worker_id, {})
 
     async def seat(self, config: ClusterConfig, places: Sequence[WorkerPlace]) -> Seating:
         """Choose devices, and reserve GPUs for the workers that have some. Raises ConfigError where there are too few."""
@@ -63,23 +71,60 @@ class Gangs:
         if found is None:
             raise ConfigError(
                 f"the pools ask for {sum(demands):g} GPUs ({', '.join(f'{n:g}' for n in demands)}), and the hosts have "
-                f"{', '.join(str(host.num_gpus) for host in hosts) or 'none'}; lower pools.*.workers or pools.*.num_gpus"
+                f"{', '.join(str(host.num_gpus) for host in hosts) or 'none'}; lower pools.*.workers, pools.*.tensor_parallel or "
+                "pools.*.num_gpus"
             )
         seats: dict[WorkerId, Seat] = {}
+        num_ranks = sum(config.pools.of(place.role).tensor_parallel for place in line)
         for gang in found:
             members = [line[i] for i in gang.members]
-            bundles = [_bundle(devices[place.role], config.pools.of(place.role), hosts, len(line)) for place in members]
-            group = await self._group(gang, bundles)
-            slots = [await _slot(_options(group, i, bundle), hosts) for i, bundle in enumerate(bundles)]  # one process a host, in turns
-            for place, i in _dealt(members, bundles, slots):
-                self._options[place.worker_id] = _options(group, i, bundles[i])
-                seats[place.worker_id] = seat(devices[place.role], slots[i])
+            bundles = [_bundle(devices[place.role], config.pools.of(place.role), hosts, num_ranks) for place in members]
+            is_by_gpu = gang.fits_one_host and any(bundle["GPU"] > 1 for bundle in bundles)
+            slots = await (self._take_gpu_by_gpu if is_by_gpu else self._take)(gang, members, bundles, hosts)
+            seats |= {place.worker_id: seat(devices[place.role], slots[place.worker_id]) for place in members}
         return seats
 
-    async def _group(self, gang: Gang, bundles: list[dict[str, float]]) -> PlacementGroup:
+    async def _take(
+        self, gang: Gang, members: Sequence[WorkerPlace], bundles: Sequence[Bundle], hosts: Sequence[GpuHost]
+    ) -> dict[WorkerId, Slot]:
+        """Set aside a bundle for each worker, and deal out the roles."""
+        group = await self._group(gang, bundles)
+        slots = await _slots(group, bundles, hosts)
+        taken = {}
+        for place, i in _dealt(members, bundles, slots):
+            self._options[place.worker_id] = _options(group, i, bundles[i])
+            taken[place.worker_id] = slots[i]
+        return taken
+
+    async def _take_gpu_by_gpu(
+        self, gang: Gang, members: Sequence[WorkerPlace], bundles: Sequence[Bundle], hosts: Sequence[GpuHost]
+    ) -> dict[WorkerId, Slot]:
+        """Set aside a bundle for each GPU, and give each worker GPUs that are near each other: Ray fills a larger bundle with any.
+
+        Such a worker takes no GPU of Ray's when it starts: the group has them, and it is told which it sees.
+        """
+        parts = [_parts(bundle) for bundle in bundles]
+        group = await self._group(gang, [*chain(*parts)])
+        slots = await _slots(group, [*chain(*parts)], hosts)
+        firsts = [sum(map(len, parts[:i])) for i in range(len(parts))]
+        whole = [first + i for first, part in zip(firsts, parts, strict=True) for i in range(len(part)) if part[i]["GPU"] == 1]
+        sizes = [round(bundle["GPU"]) if bundle["GPU"] >= 1 else 0 for bundle in bundles]
+        line = near_order(len(whole), lambda i, j: slots[whole[i]].link(slots[whole[j]]))
+        taken = {}
+        for place, first, part, stretch in zip(members, firsts, parts, stretches(sizes, line), strict=True):
+            options, slot = _options(group, first, part[0]), slots[first]
+            if stretch:
+                found = [slots[whole[i]] for i in stretch]
+                slot = Slot(host=slot.host, gpus=tuple(chain(*(s.gpus for s in found))), names=tuple(chain(*(s.names for s in found))))
+                options["num_gpus"] = 0
+                self._environment[place.worker_id] = {"CUDA_VISIBLE_DEVICES": ",".join(slot.names)}
+            self._options[place.worker_id], taken[place.worker_id] = options, slot
+        return taken
+
+    async def _group(self, gang: Gang, bundles: Sequence[Bundle]) -> PlacementGroup:
         """The gang's placement group, once its resources are set aside."""
         how: dict[str, Any] = {"strategy": "STRICT_PACK"} if gang.fits_one_host else {"topology_strategy": {DOMAIN_LABEL: "STRICT_PACK"}}
-        group: PlacementGroup = placement_group(bundles, **how)
+        group: PlacementGroup = placement_group(list(bundles), **how)
         self._groups.append(group)
         if not await asyncio.to_thread(group.wait, RESERVE_S):
             where = "one host" if gang.fits_one_host else f"one {DOMAIN_LABEL}"
@@ -94,6 +139,7 @@ class Gangs:
             remove_placement_group(group)
         self._groups.clear()
         self._options.clear()
+        self._environment.clear()
 
 
 def _rooms(hosts: Sequence[GpuHost]) -> list[Room]:
@@ -104,14 +150,19 @@ def _rooms(hosts: Sequence[GpuHost]) -> list[Room]:
     return [Room(name=name, gpus=tuple(counts)) for name, counts in rooms.items()]
 
 
-def _bundle(device: PoolDevice, pool: PoolConfig, hosts: Sequence[GpuHost], num_workers: int) -> dict[str, float]:
-    """What Ray sets aside for one worker. Its CPUs are those that its host could give each worker, and one at most, if nobody says."""
-    share = min(1.0, CPU_SHARE * min(host.num_cpus for host in hosts) / num_workers)
-    num_cpus = pool.num_cpus if pool.num_cpus is not None else round(share, 3)
+def _bundle(device: PoolDevice, pool: PoolConfig, hosts: Sequence[GpuHost], num_ranks: int) -> Bundle:
+    """What Ray sets aside for one worker. Its CPUs are those that its host could give each rank, and one at most, if nobody says."""
+    share = min(1.0, CPU_SHARE * min(host.num_cpus for host in hosts) / num_ranks)
+    num_cpus = pool.tensor_parallel * (pool.num_cpus if pool.num_cpus is not None else round(share, 3))
     return {"GPU": device.num_gpus, **({"CPU": num_cpus} if num_cpus else {}), **pool.resources}
 
 
-def _dealt(members: Sequence[WorkerPlace], bundles: Sequence[Mapping[str, float]], slots: Sequence[Slot]) -> list[tuple[WorkerPlace, int]]:
+def _parts(bundle: Bundle) -> list[Bundle]:
+    """The same GPU by GPU, all else with the first."""
+    return [bundle | {"GPU": min(bundle["GPU"], 1.0)}, *({"GPU": 1.0} for _ in range(1, round(bundle["GPU"])))]
+
+
+def _dealt(members: Sequence[WorkerPlace], bundles: Sequence[Bundle], slots: Sequence[Slot]) -> list[tuple[WorkerPlace, int]]:
     """Each worker with its bundle: roles dealt along the line of near GPUs, where these bundles are all alike."""
     if any(bundle != bundles[0] for bundle in bundles):
         return [(place, i) for i, place in enumerate(members)]
@@ -120,7 +171,7 @@ def _dealt(members: Sequence[WorkerPlace], bundles: Sequence[Mapping[str, float]
     return [(waiting[role].pop(0), i) for role, i in zip(deal(*map(len, waiting.values())), line, strict=True)]
 
 
-def _options(group: PlacementGroup, index: int, bundle: Mapping[str, float]) -> dict[str, Any]:
+def _options(group: PlacementGroup, index: int, bundle: Bundle) -> dict[str, Any]:
     """Of an actor or a task that is to have a whole bundle."""
     custom = {name: count for name, count in bundle.items() if name not in ("CPU", "GPU")}
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
@@ -155,9 +206,15 @@ async def _host(node: Mapping[str, Any]) -> GpuHost:
     )
 
 
+async def _slots(group: PlacementGroup, bundles: Sequence[Bundle], hosts: Sequence[GpuHost]) -> list[Slot]:
+    """What each bundle holds; one after another, so that it takes one process a host."""
+    return [await _slot(_options(group, i, bundle), hosts) for i, bundle in enumerate(bundles)]
+
+
 async def _slot(options: Mapping[str, Any], hosts: Sequence[GpuHost]) -> Slot:
     """What a bundle holds, asked from within. A host that came after the others were asked is taken, and nothing is known of its GPUs."""
     async with asyncio.timeout(LOOK_S):
         node_id, gpu_ids = await ray.remote(where).options(**options).remote()
     host = next((host for host in hosts if host.node_id == node_id), GpuHost(node_id=node_id, num_gpus=0))
-    return Slot(host=host, gpus=tuple(index for gpu_id in gpu_ids if (index := host.gpus.index(gpu_id)) is not None))
+    indexes = tuple(index for gpu_id in gpu_ids if (index := host.gpus.index(gpu_id)) is not None)
+    return Slot(host=host, gpus=indexes, names=tuple(gpu_ids))

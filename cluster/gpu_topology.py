@@ -60,6 +60,14 @@ class HostGpus:
             groups = [group for group in groups if not group & near] + [near.union(*touching)]
         return tuple(sorted(tuple(sorted(group)) for group in groups))
 
+    def nearest(self, count: int) -> Link:
+        """The best link that any so many GPUs have between each two of them, as far as groups of NVLink and nearer ones tell."""
+        for link in sorted(Link, reverse=True):
+            near = [{j for j in range(len(self.gpus)) if self.link(i, j) >= link} for i in range(len(self.gpus))]
+            if any(len(group) >= count and all(group <= near[j] for j in group) for group in near):
+                return link
+        return Link.NETWORK
+
     def describe(self) -> str:
         """One line for people: "8 x NVIDIA H200, 141 GB each, NVLink joins all"."""
         if not self.gpus:

@@ -133,7 +133,7 @@ class RayLauncher:
 
     async def launch(self, place: WorkerPlace, config: ClusterConfig) -> WorkerHandle:
         options = self._gangs.options(place.worker_id) or _cpu_options(config, config.pools.of(place.role))
-        environment = {**bulk_copy.TUNABLES, **ENVIRONMENT}
+        environment = {**bulk_copy.TUNABLES, **ENVIRONMENT, **self._gangs.environment(place.worker_id)}
         actor = (
             ray.remote(WorkerActor)
             .options(max_concurrency=ACTOR_THREADS, runtime_env={"env_vars": environment}, **options)

@@ -137,6 +137,16 @@ def near_order(num_slots: int, link: Callable[[int, int], Link]) -> tuple[int, .
     return tuple(line(list(range(num_slots)), min(Link) + 1))
 
 
+def stretches(sizes: Sequence[int], line: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Slots of each worker, as many as its size: neighbours in the line, in which larger workers come first. Ties: in order."""
+    found: dict[int, tuple[int, ...]] = {}
+    begin = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found[i] = tuple(line[begin : begin + sizes[i]])
+        begin += sizes[i]
+    return tuple(found[i] for i in range(len(sizes)))
+
+
 def _joined(members: Sequence[int], are_joined: Callable[[int, int], bool]) -> list[list[int]]:
     """Connected groups, each in ascending order, by their lowest member."""
     groups: list[list[int]] = []

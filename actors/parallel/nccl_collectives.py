@@ -99,11 +99,12 @@ class NcclCollectives:
         self._comm.close()
 
     def warm_up(self, device: torch.device) -> None:
-        """One of each operation: the ranks are connected, and no capture is the first to connect them."""
+        """One of each operation: on return the ranks are connected, and no capture is the first to connect them."""
         one = torch.zeros(1, dtype=torch.float32, device=device)
         self.broadcast(self.all_reduce(one))
         self.gather(one)
         self.end_step()
+        self._comm.settle()
 
 
 def join_by_nccl(meeting: Meeting, device: torch.device) -> NcclCollectives:

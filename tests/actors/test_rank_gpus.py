@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_gpus
 import stand_in
 import torch
 from planned_batches import KINDS, MODELS, NAMES, Batch, tokens_of
@@ -15,11 +22,13 @@ from rank_gpus import PROGRAM, RankGpu
 
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.kv_blocks import kv_view
+from polymux.actors.model_runner import ForwardBatch, SequenceSlice
 from polymux.actors.parallel.leader import Ranks, RankSettings
 from polymux.actors.store_client import StoreClient
 from polymux.actors.store_server import StoreServer
 from polymux.actors.weight_store import ModelSource
 from polymux.kernels import choice
+from polymux.transport.errors import RankLost
 from polymux.transport.messages import ModelSpec, Shard
 from polymux.transport.units import KIB, MIB, ModelName
 
@@ -142,3 +151,84 @@ def test_tokens_are_the_same_when_blocks_went_to_the_host_and_to_other_blocks_in
         batch.settle()
         assert tokens_of(batch.outputs) == alone[name, "greedy"]
     assert stand_in.count("maps") == 0  # the others' memory was let go before they ended
+
+
+def test_replayed_steps_of_every_rank_read_the_inputs_of_their_own_step(store: Store, alone: dict[Any, Any], monkeypatch: Any) -> None:
+    kernels = "all=torch,attend=triton"
+    monkeypatch.setenv(rank_gpus.KERNELS, kernels)
+    device = RankGpu(captures=True)
+    with choice.override(kernels), instance(store, 2, device=device) as engine:
+        found = answers(engine, NAMES[1], "greedy", num_steps=5, num_seqs=2)
+    assert found == [tokens[:6] for tokens in alone[NAMES[1], "greedy"][:2]]
+    assert device.graphs.num_replayed == 3
+
+
+def test_under_batch_invariant_four_ranks_give_a_sequence_the_same_bits_alone_and_in_company(store: Store) -> None:
+    spec = store.specs[NAMES[1]].on_ranks(4)
+
+    def logits(engine: Engine, *prompts: range) -> torch.Tensor:
+        """Of the last prompt's last token."""
+        engine.activate(spec.model)
+        blocks = [engine.pool(spec.model).allocate(3) for _ in prompts]
+        starts = [sum(map(len, prompts[:i])) for i in range(len(prompts))]
+        slices = tuple(
+            SequenceSlice(start=start, num_tokens=len(prompt), context_len=0, block_ids=ids)
+            for start, prompt, ids in zip(starts, prompts, blocks, strict=True)
+        )
+        found = engine.forward(ForwardBatch(token_ids=torch.tensor([*chain(*prompts)]), slices=slices, logits_rows=None))
+        for ids in blocks:
+            engine.pool(spec.model).free(ids)
+        return found[-1]
+
+    with instance(store, 4, batch_invariant=True) as engine:
+        alone = logits(engine, range(30, 50))
+        assert torch.equal(logits(engine, range(100, 113), range(9, 12), range(30, 50)), alone)
+
+
+def pids(engine: Engine) -> tuple[int, ...]:
+    assert engine._ranks is not None
+    return engine._ranks.pids
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("strike", "within_s"), [(signal.SIGKILL, 1.5), (signal.SIGSTOP, 3.5)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_rank_lost_between_steps_that_run_ahead_is_a_typed_error_and_leaves_nothing(
+    strike: signal.Signals, within_s: float, rank: int, store: Store
+) -> None:
+    stand_in.turn(peer_hangs=1)  # as over NVLink
+    threads = threading.active_count()
+    with instance(store, 4, timeout_s=1.5) as engine:
+        batch = Batch(engine, engine.specs[NAMES[0]], [replace(KINDS["greedy"])] * 2, runs_ahead=True)
+        batch.step()
+        batch.step()
+        processes = pids(engine)
+        os.kill(processes[rank - 1], strike)
+        began_s = time.monotonic()
+        with pytest.raises(RankLost, match="worker w lost a rank"):
+            while True:
+                batch.step()
+        assert time.monotonic() - began_s < within_s and engine.lost is not None
+        with pytest.raises(RankLost):
+            batch.settle()
+        with pytest.raises(RankLost):
+            batch.step()
+        assert until(lambda: not any(map(is_running, processes)))
+    stand_in.turn(**stand_in.RESTED)
+    assert until(lambda: stand_in.count("comms") == 0)
+    assert until(lambda: threading.active_count() <= threads), [thread.name for thread in threading.enumerate()]
+
+
+def until(is_true: Callable[[], bool], within_s: float = 3.0) -> bool:
+    end_s = time.monotonic() + within_s
+    while not is_true():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.02)
+    return True

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymux.cluster.config import ClusterConfig
-from polymux.cluster.devices import GPU_OVERHEAD_BYTES, GpuHost, PoolDevice, Seat, Seating, Slot, choose, seat, weight_layout
+from polymux.cluster.devices import GPU_OVERHEAD_BYTES, GpuHost, PoolDevice, Seat, Seating, Slot, choose, describe, seat, weight_layout
 from polymux.cluster.gpu_topology import Gpu, HostGpus
 from polymux.cluster.sizing import worker_settings
 from polymux.disagg.placement import Link
@@ -51,7 +51,7 @@ def test_what_a_pool_asks_for_it_gets() -> None:
 
 
 def test_both_pools_compute_on_the_same_kind_of_device() -> None:
-    for wish in ({"device": "cpu"}, {"num_gpus": 0}, {"tensor_parallel": 2}):
+    for wish in ({"device": "cpu"}, {"num_gpus": 0}, {"tensor_parallel": 8}):
         chosen = choose(config({}, wish), [host(4)])
         assert {one.device for one in chosen.values()} == {"cpu"}
         assert "the decode pool is" in chosen[Role.PREFILL].why
@@ -69,7 +69,17 @@ def test_gpus_that_only_a_scheduler_knows_are_reserved_and_not_computed_on() -> 
         ({"device": "cuda"}, (host(1, why_unusable="torch finds none"),), "torch finds none"),
         ({"device": "cuda", "num_gpus": 0}, (host(1),), "num_gpus=0"),
         ({"device": "cuda"}, (host(1),), "KV does not move between them"),
-        ({"device": "cuda", "tensor_parallel": 2}, (host(2),), "several ranks compute on CPUs only"),
+        (
+            {"device": "cuda", "tensor_parallel": 4},
+            (host(2), host(2)),
+            "no host has more than 2; lower it to 2, or set",
+        ),
+        (
+            {"num_gpus": 1, "tensor_parallel": 2},
+            (host(4),),
+            "num_gpus=1 is not a GPU for each rank",
+        ),
+        ({"tensor_parallel": 2, "workers": 2}, (host(4),), "would share 0 GPUs"),
         ({"workers": 20}, (host(1),), "at most 8 can share one"),
         ({"num_gpus": 1}, (host(1),), "would share 0 GPUs"),
     ],
@@ -136,8 +146,41 @@ def test_automatic_shares_never_ask_for_more_than_there_is(prefill: int, decode:
     assert {one.device for one in chosen.values()} == ({"cuda"} if sizes else {"cpu"})
 
 
-def test_several_ranks_compute_on_cpus() -> None:
-    chosen = choose(config({"tensor_parallel": 2}), [host(2)])
-    assert {one.device for one in chosen.values()} == {"cpu"} and "tensor_parallel=2" in chosen[Role.PREFILL].why
-    with pytest.raises(ConfigError, match=r"pools\.prefill\.tensor_parallel=2, and several ranks compute on CPUs only"):
-        choose(config({"tensor_parallel": 2, "device": "cuda"}), [host(2)])
+def test_each_rank_has_a_whole_gpu_and_the_other_workers_share_what_is_left() -> None:
+    chosen = choose(config({"tensor_parallel": 2}, {"tensor_parallel": 4}), [host(8)])
+    assert {one.device for one in chosen.values()} == {"cuda"}
+    assert [chosen[role].num_gpus for role in Role] == [2.0, 4.0]
+    assert "2 GPUs of one host for the ranks of each worker" in describe(Role.PREFILL, chosen[Role.PREFILL])
+    mixed = choose(config({"tensor_parallel": 2}, {"workers": 4}), [host(4)])
+    assert [mixed[role].num_gpus for role in Role] == [2.0, 0.5]
+    assert choose(config({"tensor_parallel": 2, "num_gpus": 2}), [host(4)])[Role.PREFILL].num_gpus == 2.0
+
+
+def test_ranks_stay_on_cpus_where_no_host_has_a_gpu_for_each() -> None:
+    for hosts in ((), (host(2, why_unusable="torch finds none"),), (host(1, node_id="a"), host(1, node_id="b"))):
+        chosen = choose(config({"tensor_parallel": 2}, {"tensor_parallel": 2}), hosts)
+        assert {(one.device, one.num_gpus) for one in chosen.values()} == {("cpu", 0.0)}
+    assert "takes as many GPUs of one host, and no host has more than 1" in chosen[Role.PREFILL].why
+
+
+def test_the_arena_of_each_rank_is_what_its_smallest_gpu_leaves() -> None:
+    gpus = host(2).gpus.gpus
+    uneven = replace(host(2), gpus=replace(host(2).gpus, gpus=(gpus[0], replace(gpus[1], memory_bytes=40 * GIB))))
+    pair = seat(PoolDevice(device="cuda", num_gpus=2.0), Slot(host=uneven, gpus=(0, 1)))
+    alone = seat(PoolDevice(device="cuda", num_gpus=1.0), Slot(host=uneven, gpus=(1,)))
+    assert pair.arena_bytes == alone.arena_bytes
+    settings = worker_settings(config({}, {"tensor_parallel": 2}), Role.DECODE, WorkerId("decode-0"), "store", (), pair)
+    assert (settings.num_ranks, settings.arena_bytes, settings.engine.device) == (2, pair.arena_bytes, "cuda")
+
+
+def test_ranks_that_sum_over_slow_links_where_there_are_fast_ones_are_said() -> None:
+    links = tuple(tuple(Link.SAME if i == j else Link.NVLINK if i // 2 == j // 2 else Link.SYSTEM for j in range(4)) for i in range(4))
+    bridged = replace(host(4), gpus=replace(host(4).gpus, links=links))
+    assert [bridged.gpus.nearest(count) for count in (2, 3, 4, 5)] == [Link.NVLINK, Link.SYSTEM, Link.SYSTEM, Link.NETWORK]
+    seats = {
+        WorkerId(name): Seat(slot=Slot(host=bridged, gpus=gpus))
+        for name, gpus in (("near", (2, 3)), ("far", (1, 2)), ("all", (0, 1, 2, 3)))
+    }
+    seating = Seating(devices={}, seats=seats)
+    assert seating.describe() == "the ranks of far on GPUs 1, 2 are joined by system only"
+    assert [one["joined_by"] for one in seating.plain()["workers"].values()] == ["nvlink", "system", "system"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from polymux.disagg.placement import MAX_SHARING, Gang, Link, Room, deal, gangs, gpu_share, near_order
+from polymux.disagg.placement import stretches as take_stretches
 from polymux.transport.messages import Role
 
 counts = st.integers(0, 20)
@@ -91,6 +93,16 @@ def test_groups_of_every_link_are_stretches_of_the_line(names: list[int]) -> Non
     place = [names.index(n) for n in range(8)]
     assert stretches(order, [place[n : n + 2] for n in (0, 2, 4, 6)])
     assert stretches(order, [place[:4], place[4:]])
+
+
+@given(st.lists(st.sampled_from((0, 1, 2, 4)), max_size=6), st.randoms(use_true_random=False))
+def test_a_worker_of_several_gpus_has_as_many_neighbours_and_nobody_shares(sizes: list[int], random: Random) -> None:
+    line = random.sample(range(sum(sizes)), sum(sizes))
+    found = take_stretches(sizes, line)
+    assert [len(one) for one in found] == sizes and sorted(slot for one in found for slot in one) == sorted(line)
+    for one in found:
+        begin = line.index(one[0]) if one else 0
+        assert line[begin : begin + len(one)] == list(one) and begin % max(len(one), 1) == 0  # no pair lies across two bridges
 
 
 def test_where_all_links_are_alike_the_line_is_as_it_was() -> None:

@@ -81,6 +81,30 @@ async def test_prefill_and_decode_get_the_two_ends_of_each_bridge_and_what_they_
         gangs.close()
 
 
+async def test_the_ranks_of_a_worker_have_gpus_that_are_bridged(three_hosts: None) -> None:
+    def visible() -> tuple[str, str | None]:
+        return ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    gangs, line = Gangs(), places(1, 1)
+    try:
+        seating = await gangs.seat(config(1, 1, 2), line)
+        slots = [seat.slot for seat in seating.seats.values() if seat.slot]
+        assert [len(slot.gpus) for slot in slots] == [2, 2] and len({slot.host.node_id for slot in slots}) == 1
+        assert [slot.within for slot in slots] == [Link.NVLINK] * 2 and not set(slots[0].gpus) & set(slots[1].gpus)
+        for place in line:
+            options, slot, environment = (
+                gangs.options(place.worker_id),
+                seating.seats[place.worker_id].slot,
+                gangs.environment(place.worker_id),
+            )
+            assert options is not None and slot is not None
+            found = await ray.remote(visible).options(runtime_env={"env_vars": environment}, **options).remote()
+            assert found == (slot.host.node_id, ",".join(map(str, slot.gpus)))
+        assert {worker["joined_by"] for worker in seating.plain()["workers"].values()} == {"nvlink"}
+    finally:
+        gangs.close()
+
+
 async def test_workers_that_share_gpus_are_together(three_hosts: None) -> None:
     gangs, line = Gangs(), places(2, 4)
     try:

@@ -39,6 +39,7 @@ class Rank:
         self.comm = RankComm(Nccl.load(path), self.runtime, self.rank, self.num_ranks, limits, **ends)  # type: ignore[arg-type]
         self.comm.join(self.unique_id)
         self.stream = self.runtime.stream()
+        self.comm.settle()
         self.numbers = (ctypes.c_float * COUNT)(*([float(self.rank + 1)] * COUNT))
 
     def step(self, is_marked: bool = True) -> None:

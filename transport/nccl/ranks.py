@@ -83,6 +83,7 @@ class RankComm:
         self._called_s: float | None = None  # when the call under way began
         self._changed = threading.Condition()  # of what follows
         self._pending = Pending()
+        self._patience_s = limits.join_s  # for a step or a call; `timeout_s` once all have computed together
         self._spare: list[int] = []
         self._is_closing = False
         self._abort: ThreadAside[None] | None = None
@@ -126,6 +127,14 @@ class RankComm:
         with self._changed:
             self._pending.add(event, time.monotonic())
             self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Return when the first steps, which load code and connect the ranks, have come to an end. Raises RankLost."""
+        while self.num_pending:
+            self.check()
+            time.sleep(LOOK_S)
+        self.check()
+        self._patience_s = self._limits.timeout_s
 
     def check(self) -> None:
         """Raise RankLost once a rank is: what has come from the device since then may be worth nothing."""
@@ -190,7 +199,7 @@ class RankComm:
 
     def _look(self) -> str | None:
         """What is wrong."""
-        now_s, timeout_s = time.monotonic(), self._limits.timeout_s
+        now_s, timeout_s = time.monotonic(), self._patience_s
         try:
             with self._changed:
                 self._spare += self._pending.drop_done(self.runtime.is_done, now_s)

@@ -1,0 +1,116 @@
+"""An instance of two ranks on real GPUs: the tokens of one rank, in graphs that hold its sums; and the end of a rank that was killed.
+
+On a machine with one GPU both ranks are on it and sum over loopback sockets, which is for tests only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polymux.actors.engine import Engine, EngineSettings
+from polymux.actors.gpu.device import CudaDevice
+from polymux.actors.gpu.graphs import CudaGraphs
+from polymux.actors.parallel.leader import Ranks, RankSettings
+from polymux.actors.store_client import StoreClient
+from polymux.actors.store_server import StoreServer
+from polymux.actors.weight_store import ModelSource
+from polymux.transport.errors import RankLost
+from polymux.transport.messages import Shard
+from polymux.transport.units import KIB, MIB
+
+from ..actors.planned_batches import KINDS, MODELS, NAMES, Batch, tokens_of
+
+pytestmark = pytest.mark.gpu
+TOKEN = "test-cluster-token-0123456789"
+SOCKETS = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_MNNVL_ENABLE": "0", "NCCL_MAX_NCHANNELS": "2"}
+
+SOURCES = [ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192, degrees=(1, 2)) for name in NAMES]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_gpu_of_each_rank() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.device_count() < 2:
+            torch.cuda.init()  # from here on the variable is for the other rank
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            for name, value in (SOCKETS | {"CUDA_VISIBLE_DEVICES": f"{first},{first}", "NCCL_HOSTID": "polymux-rank-0"}).items():
+                patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[StoreServer]:
+    made = StoreServer(budget_bytes=64 * MIB, layout="plain", token=TOKEN, kv_bytes=0)
+    for source in SOURCES:
+        made.register(source)
+    yield made
+    made.close()
+
+
+@contextmanager
+def instance(store: StoreServer, num_ranks: int, graphs: CudaGraphs, timeout_s: float = 60.0) -> Iterator[Engine]:
+    specs = [spec.on_ranks(num_ranks) for spec in map(store.register, SOURCES)]
+    reserve = sum(spec.weight_bytes for spec in specs) + MIB
+    settings = EngineSettings(weight_reserve_bytes=reserve, slab_bytes=256 * KIB, max_num_seqs=6, device="cuda")
+    device, nbytes = CudaDevice(graphs=graphs), reserve + 4 * MIB
+    device.enter()
+    told = RankSettings(
+        worker_id="w",
+        num_ranks=num_ranks,
+        device="cuda",
+        arena_bytes=nbytes,
+        weight_reserve_bytes=reserve,
+        max_num_seqs=6,
+        num_threads=1,
+        batch_invariant=False,
+        store_address=store.address,
+        token=TOKEN,
+        timeout_s=timeout_s,
+    )
+    ranks = Ranks(told, device=device, program=(str(Path(__file__).with_name("rank.py")),)) if num_ranks > 1 else None
+    source = StoreClient(store.address, TOKEN, Shard(rank=0, num_ranks=num_ranks))
+    engine = Engine(device.create(nbytes), settings, source, device=device, ranks=ranks)
+    try:
+        for spec in specs:
+            engine.add_model(spec)
+        yield engine
+    finally:
+        engine.close()
+
+
+def answers(engine: Engine, num_steps: int = 6) -> list[list[list[int]]]:
+    params = [replace(KINDS[kind], seed=i) for i, kind in enumerate(("greedy", "sampled"))]
+    return [tokens_of(Batch(engine, engine.specs[name], params, runs_ahead=True).run(num_steps)) for name in NAMES]
+
+
+def test_two_ranks_say_what_one_says(store: StoreServer) -> None:
+    with instance(store, 1, CudaGraphs()) as engine:
+        alone = answers(engine)
+    graphs = CudaGraphs()
+    with instance(store, 2, graphs) as engine:
+        assert answers(engine) == alone
+        assert graphs.num_captured == 2 and graphs.num_replayed == 10, "the sums are in the graphs"
+
+
+def test_a_rank_that_is_killed_is_a_typed_error_and_the_device_is_let_go(store: StoreServer) -> None:
+    with instance(store, 2, CudaGraphs(), timeout_s=10.0) as engine:
+        batch = Batch(engine, engine.specs[NAMES[0]], [KINDS["greedy"]], runs_ahead=True)
+        for _ in range(4):
+            batch.step()
+        assert engine._ranks is not None
+        os.kill(engine._ranks.pids[0], signal.SIGKILL)
+        began_s = time.monotonic()
+        with pytest.raises(RankLost):
+            while True:
+                batch.step()
+        assert time.monotonic() - began_s < 15.0
+        torch.cuda.synchronize()
