@@ -27,6 +27,7 @@ INVARIANT_ROWS = 16  # token rows in every product under `batch_invariant`
 
 RowFunction = Callable[..., tuple[Tensor, ...]]
 OnLayer = Callable[[int], None] | None
+State = tuple[Tensor, ...]  # what goes from layer to layer: the residual [T, H] and, of a rank, a sum that is not yet added to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +113,23 @@ class Decoder:
         attend = self._attention(cache, step)
         x = self._embed(weights.embedding, step.token_ids)
         attended = x.new_zeros(x.shape[0], config.num_heads, config.head_dim)
+        state: State = (x,)
         for i, layer in enumerate(weights.layers):
             if before_layer is not None:
                 before_layer(i)
-            attend(i, layer, x, on_layer, attended)
-            (x,) = self._by_rows(self._mix, layer, x, attended)
+            x = attend(i, layer, state, on_layer, attended)
+            state = self._by_rows(self._mix, layer, x, attended)
         if before_layer is not None:
             before_layer(config.num_layers)
         if step.logits_rows is not None:
-            x = x[step.logits_rows]
-        if not x.shape[0]:
+            state = tuple(one[step.logits_rows] for one in state)
+        if not state[0].shape[0]:
             return torch.empty(0, self.vocab_size, device=x.device)
-        (logits,) = self._by_rows(self._predict, weights, x)
+        (logits,) = self._by_rows(self._predict, weights, *state)
         return logits.float()
 
-    def _attention(self, cache: ops.PagedCache, step: Step | PlannedStep) -> Callable[..., None]:
-        """A step's part of each layer that reads and writes the cache."""
+    def _attention(self, cache: ops.PagedCache, step: Step | PlannedStep) -> Callable[..., Tensor]:
+        """A step's part of each layer that reads and writes the cache; returns the residual."""
         if isinstance(step, PlannedStep):
             assert self._angles is not None, "the decoder is not prepared for planned steps"
             return partial(self._attend_planned, cache, step, self._angles)
@@ -141,15 +143,16 @@ class Decoder:
         sin: Tensor,
         i: int,
         layer: LayerWeights,
-        x: Tensor,
+        state: State,
         on_layer: OnLayer,
         out: Tensor,
-    ) -> None:
-        q, k, v = self._by_rows(self._project, layer, x, cos, sin)
+    ) -> Tensor:
+        q, k, v, x = self._by_rows(self._project, layer, cos, sin, *state)
         ops.kv_write(cache, i, k, v, step.writes)
         if on_layer is not None:
             on_layer(i)
         ops.attend(q, k, v, cache, i, step.attention[self.config.windows[i]], self._scale, out)
+        return x
 
     def _attend_planned(
         self,
@@ -158,15 +161,16 @@ class Decoder:
         angles: Tensor,
         i: int,
         layer: LayerWeights,
-        x: Tensor,
+        state: State,
         on_layer: OnLayer,
         out: Tensor,
-    ) -> None:
-        (heads,) = self._by_rows(self._heads, layer, x)
+    ) -> Tensor:
+        heads, x = self._by_rows(self._heads, layer, *state)
         q = ops.rotate_write(cache, i, heads, layer.head_norms, self.config.rms_norm_eps, angles, step.plan)
         if on_layer is not None:
             on_layer(i)
         ops.attend_planned(q, cache, i, step.plan.attention[self.config.windows[i]], self._scale, out)
+        return x
 
     def agreed(self, token_ids: Tensor) -> Tensor:
         """What a step is fed, where several compute it together: rank 0's."""
@@ -210,30 +214,35 @@ class Decoder:
             before_layer(self.config.num_layers)
         return few_rows.logits()
 
-    def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """q [T, Hq, D] and k [T, Hkv, D], rotated, and v [T, Hkv, D]."""
+    def _project(self, layer: LayerWeights, cos: Tensor, sin: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """q [T, Hq, D] and k [T, Hkv, D], rotated, v [T, Hkv, D], and the residual."""
         config, num_qk = self.config, self._num_qk_heads
-        (heads,) = self._heads(layer, x)
+        heads, x = self._heads(layer, *state)
         qk, v = heads[:, :num_qk], heads[:, num_qk:]
         if layer.head_norms is not None:
             qk = ops.rms_norm(qk, layer.head_norms, config.rms_norm_eps)
         qk = ops.rotate(qk, cos, sin)
-        return qk[:, : config.num_heads], qk[:, config.num_heads :], v
+        return qk[:, : config.num_heads], qk[:, config.num_heads :], v, x
 
-    def _heads(self, layer: LayerWeights, x: Tensor) -> tuple[Tensor, ...]:
-        """[T, Hq + 2 Hkv, D]: queries, keys and values."""
-        hidden = ops.rms_norm(x, layer.input_norm, self.config.rms_norm_eps)
+    def _heads(self, layer: LayerWeights, *state: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values [T, Hq + 2 Hkv, D], and the residual."""
+        hidden, x = self._norm(layer.input_norm, *state)
         heads = ops.linear(hidden, layer.qkv, layer.qkv_bias, by_row=self.batch_invariant)
-        return (heads.view(x.shape[0], -1, self.config.head_dim),)
+        return heads.view(x.shape[0], -1, self.config.head_dim), x
 
-    def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+    def _norm(self, weight: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of what goes from layer to layer, and the residual."""
+        (x,) = state
+        return ops.rms_norm(x, weight, self.config.rms_norm_eps), x
+
+    def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> State:
         x = self._linear_add(attended.flatten(1), layer.output, layer.output_bias, x)
         hidden = ops.rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
         hidden = ops.gated_linear(hidden, layer.gate, layer.gate_bias, layer.up, layer.up_bias, by_row=self.batch_invariant)
         return (self._linear_add(hidden, layer.down, layer.down_bias, x),)
 
-    def _predict(self, weights: ModelWeights, x: Tensor) -> tuple[Tensor, ...]:
-        hidden = ops.rms_norm(x, weights.final_norm, self.config.rms_norm_eps)
+    def _predict(self, weights: ModelWeights, *state: Tensor) -> tuple[Tensor, ...]:
+        hidden, _ = self._norm(weights.final_norm, *state)
         return (ops.linear(hidden, weights.head, by_row=self.batch_invariant),)
 
     def _by_rows(self, function: RowFunction, weights: LayerWeights | ModelWeights, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polymux.actors.models.config import ArchConfig
-from polymux.actors.models.decoder import Decoder, LayerWeights, ModelWeights, PlannedStep, Step
+from polymux.actors.models.decoder import Decoder, LayerWeights, ModelWeights, PlannedStep, State, Step
 from polymux.actors.parallel.collectives import Collectives
 from polymux.actors.parallel.shards import rank_config
 from polymux.kernels import ops
@@ -65,12 +65,18 @@ class RankDecoder(Decoder):
     def agreed(self, token_ids: Tensor) -> Tensor:
         return self._collectives.broadcast(token_ids)
 
-    def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
-        """The sums are of the ranks' products alone, and so rounded at their own size; each rank adds them to its residual."""
+    def _norm(self, weight: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
+        """A sum is of the ranks' products alone, and so rounded at its own size; each rank adds it to its residual as it takes the norm."""
+        x, *deltas = state
+        if not deltas:
+            return super()._norm(weight, x)
+        return ops.add_rms_norm(x, deltas[0], weight, self.config.rms_norm_eps), x
+
+    def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> State:
         delta = self._sum_of_products(attended.flatten(1), layer.output, layer.output_bias)
-        hidden = ops.add_rms_norm(x, delta, layer.post_norm, self.config.rms_norm_eps)
+        hidden, x = self._norm(layer.post_norm, x, delta)
         hidden = ops.gated_linear(hidden, layer.gate, layer.gate_bias, layer.up, layer.up_bias, by_row=self.batch_invariant)
-        return (x.add_(self._sum_of_products(hidden, layer.down, layer.down_bias)),)
+        return x, self._sum_of_products(hidden, layer.down, layer.down_bias)
 
     def _sum_of_products(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Row-parallel. No rank has another's sum before that one has written this layer's K and V."""
@@ -81,8 +87,8 @@ class RankDecoder(Decoder):
             self._on_layer(layer)
         return total
 
-    def _predict(self, weights: ModelWeights, x: Tensor) -> tuple[Tensor, ...]:
+    def _predict(self, weights: ModelWeights, *state: Tensor) -> tuple[Tensor, ...]:
         """Vocabulary-parallel: all of the logits on rank 0, none elsewhere."""
-        (mine,) = super()._predict(weights, x)
+        (mine,) = super()._predict(weights, *state)
         parts = self._collectives.gather(mine)
         return (torch.cat(parts, dim=1)[:, : self.vocab_size] if parts else mine[:, :0],)

@@ -110,12 +110,12 @@ def alone(store: Store) -> dict[tuple[ModelName, str], list[list[int]]]:
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_say_what_one_says_with_steps_that_run_ahead(num_ranks: int, store: Store, alone: dict[Any, Any]) -> None:
-    device = RankGpu()
+    device, comms = RankGpu(), stand_in.count("comms")
     with instance(store, num_ranks, device=device) as engine:
         found = {(name, kind): answers(engine, name, kind) for name in NAMES for kind in ("greedy", "sampled", "penalized")}
     assert found == alone
     assert device.graphs.num_replayed > 20
-    assert stand_in.count("comms") == 0
+    assert until(lambda: stand_in.count("comms") == comms)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -203,7 +203,7 @@ def test_a_rank_lost_between_steps_that_run_ahead_is_a_typed_error_and_leaves_no
     strike: signal.Signals, within_s: float, rank: int, store: Store
 ) -> None:
     stand_in.turn(peer_hangs=1)  # as over NVLink
-    threads = threading.active_count()
+    threads, comms = threading.active_count(), stand_in.count("comms")
     with instance(store, 4, timeout_s=1.5) as engine:
         batch = Batch(engine, engine.specs[NAMES[0]], [replace(KINDS["greedy"])] * 2, runs_ahead=True)
         batch.step()
@@ -221,7 +221,7 @@ def test_a_rank_lost_between_steps_that_run_ahead_is_a_typed_error_and_leaves_no
             batch.step()
         assert until(lambda: not any(map(is_running, processes)))
     stand_in.turn(**stand_in.RESTED)
-    assert until(lambda: stand_in.count("comms") == 0)
+    assert until(lambda: stand_in.count("comms") == comms)
     assert until(lambda: threading.active_count() <= threads), [thread.name for thread in threading.enumerate()]
 
 

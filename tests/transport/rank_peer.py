@@ -28,13 +28,14 @@ class Rank:
     num_ranks: int
     timeout_s: float
     abort_s: float = 5.0
+    join_s: float = 60.0
     lost: list[str] = field(default_factory=list)
     fenced: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         path = stand_in.library()
         self.runtime = CudaRuntime.load(path)
-        limits = RankLimits(timeout_s=self.timeout_s, join_s=10.0, abort_s=self.abort_s)
+        limits = RankLimits(timeout_s=self.timeout_s, join_s=self.join_s, abort_s=self.abort_s)
         ends = {"on_lost": self.lost.append, "fence": self.fenced.append}
         self.comm = RankComm(Nccl.load(path), self.runtime, self.rank, self.num_ranks, limits, **ends)  # type: ignore[arg-type]
         self.comm.join(self.unique_id)

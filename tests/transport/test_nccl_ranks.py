@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -138,8 +139,12 @@ def test_an_abort_that_lets_nothing_go_ends_the_process(at_rest: Any) -> None:
 def test_ranks_that_never_come_are_a_typed_error(at_rest: Any) -> None:
     at_rest.turn(init_hangs=1)
     first: Any = object.__new__(Rank)
-    with pytest.raises(RankLost, match=r"rank 0 of 2 waited 10 s for the others"):
-        first.__init__(Nccl.load(at_rest.library()).unique_id(), 0, 2, TIMEOUT_S)
+    unique_id = Nccl.load(at_rest.library()).unique_id()
+    with pytest.raises(RankLost, match=r"rank 0 of 2 waited 0\.5 s for the others"):
+        first.__init__(unique_id, 0, 2, TIMEOUT_S, join_s=0.5)
+    at_rest.turn(init_hangs=0)
+    with others(unique_id, 2):  # or its thread would wait for ever
+        assert eventually(lambda: not any(thread.name == "polymux-ranks-join" for thread in threading.enumerate()), 30.0)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "happen", "look"]), st.floats(0, 2)), max_size=60))
