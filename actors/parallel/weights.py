@@ -53,6 +53,17 @@ class _Checked:
         return values
 
 
+class _CheckedMark:
+    """The same of a point in the queue."""
+
+    def __init__(self, inner: Mark, ranks: Ranks) -> None:
+        self._inner, self._ranks = inner, ranks
+
+    def wait(self) -> None:
+        self._inner.wait()
+        self._ranks.check()
+
+
 class RankDevice:
     """Rank 0's own device; weights that move on it move on every rank, and a KV block is that of its id on every rank."""
 
@@ -114,7 +125,7 @@ class RankDevice:
         return _Checked(self._inner.download(*values), self._ranks)
 
     def mark(self) -> Mark:
-        return self._inner.mark()
+        return _CheckedMark(self._inner.mark(), self._ranks)
 
     def lend(self, region: Region) -> RankMemory | None:
         return self._inner.lend(region)

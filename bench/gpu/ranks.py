@@ -20,7 +20,6 @@ import torch
 from gpu.edges import SOCKETS
 from gpu.harness import Target, note
 from polymux.actors.parallel.collectives import Meeting
-from polymux.actors.parallel.leader import GPUS_VARIABLE, gpus_of_ranks
 from polymux.actors.parallel.nccl_collectives import NcclCollectives, join_by_nccl
 from polymux.transport.errors import RankLost
 from polymux.transport.nccl.api import Nccl
@@ -110,7 +109,8 @@ def death(ranks: NcclCollectives, process: subprocess.Popen[bytes]) -> float:
 
 def measure(budget_s: float) -> dict[str, float]:
     is_alone = torch.cuda.device_count() > 1
-    environment: dict[str, str] = {GPUS_VARIABLE: gpus_of_ranks(os.environ.get(GPUS_VARIABLE), 2)[1]} if is_alone else {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
+    environment = {"CUDA_VISIBLE_DEVICES": visible.split(",")[1]} if is_alone else {}
     if not is_alone:
         os.environ.update(SOCKETS | {"NCCL_HOSTID": "polymux-rank-0"})
         environment = {"NCCL_HOSTID": "polymux-rank-1"}

@@ -19,6 +19,9 @@ class RankMemories(Ranks):
     def collectives(self) -> Any:
         return None
 
+    def check(self) -> None:
+        return
+
     def close(self) -> None:
         for region in self.regions:
             region.close()

@@ -6,13 +6,18 @@ import os
 import sys
 from pathlib import Path
 
-if "NCCL_HOSTID" in os.environ:
-    os.environ["NCCL_HOSTID"] = f"polymux-rank-{os.getpid()}"
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-from gpu.hash_stand_in import install
-from polymux.actors.parallel import follower
+def main() -> None:
+    if "NCCL_HOSTID" in os.environ:
+        os.environ["NCCL_HOSTID"] = f"polymux-rank-{os.getpid()}"
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+    from gpu.hash_stand_in import install
+
+    install()
+    from polymux.actors.parallel import follower
+
+    follower.main()
+
 
 if __name__ == "__main__":
-    install()
-    follower.main()
+    main()
