@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gpu.attention_cases import LLAMA_8B, NUM_LAYERS, QWEN_7B, QWEN_HALF_B, Case, Heads, Step, graph_of
-from gpu.attention_peers import flashinfer, sdpa
+from gpu.attention_peers import Peer, flashinfer, sdpa
 from gpu.harness import Target, attempt, copy_bytes_per_s, matrix_flops_per_s, note, time_s
 from polymux.kernels.libraries import why_not
 
 BUDGET_S = 75.0
 ROUNDS = 12
-PEERS = {"sdpa": sdpa, "flashinfer": flashinfer}
 TOLERANCE = 2e-2  # of the norm of the difference to torch's own attention, in bf16
 
 MODELS = (LLAMA_8B, QWEN_7B)
@@ -84,16 +84,43 @@ def measure(budget_s: float) -> dict[str, float]:
 
 
 def _parts() -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-    """What takes each case's figures. What is promised comes first."""
+    """What takes each case's figures. What is promised comes first, and last a library that may have to be compiled."""
+    problems = list(_problems())
+    for one in problems:
+        yield one.name, partial(_ours, one)
+    yield "decode.one_sequence", _one_sequence
+    if not why_not("flashinfer"):
+        for one in problems:
+            yield f"{one.name}.flashinfer", partial(_by_flashinfer, one)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    name: str
+    case: Case
+
+    @property
+    def figure(self) -> str:
+        return "share_of_copy_bandwidth" if self.case.is_decode else "share_of_matrix_rate"
+
+    @property
+    def least_s(self) -> float:
+        """What the hardware needs for it."""
+        return self.case.kv_bytes / copy_bytes_per_s() if self.case.is_decode else self.case.flops / matrix_flops_per_s()
+
+
+def _problems() -> Iterator[Problem]:
     for heads in MODELS:
         for name, (batch, context) in DECODE.items():
-            whole = f"decode.{heads.name}.{name}"
-            yield whole, partial(_decode, whole, _batch(heads, batch, context))
+            yield Problem(name=f"decode.{heads.name}.{name}", case=_batch(heads, batch, context))
     contexts = torch.linspace(512, 8192, 64).int()[torch.randperm(64)].tolist()
-    yield "decode.ragged", partial(_decode, "decode.ragged", Case(heads=LLAMA_8B, sizes=tuple((1, context - 1) for context in contexts)))
+    yield Problem(name="decode.ragged", case=Case(heads=LLAMA_8B, sizes=tuple((1, context - 1) for context in contexts)))
     for name, sizes in PREFILL.items():
-        yield f"prefill.{name}", partial(_prefill, f"prefill.{name}", Case(heads=LLAMA_8B, sizes=sizes))
-    yield "decode.one_sequence", _one_sequence
+        yield Problem(name=f"prefill.{name}", case=Case(heads=LLAMA_8B, sizes=sizes))
+
+
+def _batch(heads: Heads, batch: int, context: int) -> Case:
+    return Case(heads=heads, sizes=((1, context - 1),) * batch)
 
 
 def _one_sequence() -> dict[str, float]:
@@ -101,24 +128,17 @@ def _one_sequence() -> dict[str, float]:
     return {"decode.one_sequence_s": seconds}
 
 
-def _batch(heads: Heads, batch: int, context: int) -> Case:
-    return Case(heads=heads, sizes=((1, context - 1),) * batch)
-
-
-def _decode(name: str, case: Case) -> dict[str, float]:
-    return _shares(name, "share_of_copy_bandwidth", case, case.kv_bytes / copy_bytes_per_s())
-
-
-def _prefill(name: str, case: Case) -> dict[str, float]:
-    return _shares(name, "share_of_matrix_rate", case, case.flops / matrix_flops_per_s())
-
-
-def _shares(name: str, figure: str, case: Case, least_s: float) -> dict[str, float]:
-    """By ours and by each other library: the time that the hardware needs over the time that was taken."""
-    step = Step(case=case)
+def _ours(problem: Problem) -> dict[str, float]:
+    """The time that the hardware needs over the time that was taken, by ours and by torch's own."""
+    step = Step(case=problem.case)
     seconds, result = _time_ours(step)
-    peers = _time_peers(name, step, result)
-    return {f"{name}.{figure}": least_s / seconds} | {f"{name}.{peer}.{figure}": least_s / taken for peer, taken in peers.items()}
+    return {f"{problem.name}.{problem.figure}": problem.least_s / seconds} | _by_peer(problem, "sdpa", sdpa, step, result)
+
+
+def _by_flashinfer(problem: Problem) -> dict[str, float]:
+    step = Step(case=problem.case)
+    step.ours(step.plan())()
+    return _by_peer(problem, "flashinfer", flashinfer, step, step.out)
 
 
 def _time_ours(step: Step) -> tuple[float, Tensor]:
@@ -127,20 +147,17 @@ def _time_ours(step: Step) -> tuple[float, Tensor]:
     return time_s(graph.replay, rounds=ROUNDS) / NUM_LAYERS, step.out
 
 
-def _time_peers(name: str, step: Step, ours: Tensor) -> dict[str, float]:
-    """Seconds of one layer by each other library that can compute it; their results must agree with ours."""
-    found = {}
-    for peer, make in PEERS.items():
-        try:
-            made = make(step)
-            theirs = None if made is None else made.run()
-        except (RuntimeError, TypeError, AttributeError, OSError, ImportError, ValueError) as error:
-            note(f"{name}: {peer} could not run it: {error!r:.200}")
-            continue
-        if made is None or theirs is None:
-            continue
-        difference = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
-        if not difference < TOLERANCE:
-            raise AssertionError(f"{name}: ours and {peer}'s differ by {difference:.2g} of their norm")
-        found[peer] = time_s(made.run, rounds=ROUNDS) / made.num_layers
-    return found
+def _by_peer(problem: Problem, name: str, make: Callable[[Step], Peer | None], step: Step, ours: Tensor) -> dict[str, float]:
+    """Another library's figure, if it can compute this; its result must agree with ours."""
+    try:
+        peer = make(step)
+        theirs = None if peer is None else peer.run()
+    except (RuntimeError, TypeError, AttributeError, OSError, ImportError, ValueError) as error:
+        note(f"{problem.name}: {name} could not run it: {error!r:.200}")
+        return {}
+    if peer is None or theirs is None:
+        return {}
+    difference = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    if not difference < TOLERANCE:
+        raise AssertionError(f"{problem.name}: ours and {name}'s differ by {difference:.2g} of their norm")
+    return {f"{problem.name}.{name}.{problem.figure}": problem.least_s / (time_s(peer.run, rounds=ROUNDS) / peer.num_layers)}

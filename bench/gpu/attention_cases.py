@@ -43,6 +43,10 @@ class Case:
     sizes: tuple[tuple[int, int], ...]
 
     @property
+    def is_decode(self) -> bool:
+        return all(tokens == 1 for tokens, _ in self.sizes)
+
+    @property
     def kv_bytes(self) -> int:
         """What one layer must read: K and V of every token that is seen, once."""
         return sum(tokens + context for tokens, context in self.sizes) * self.heads.num_kv_heads * self.heads.head_dim * 2 * DTYPE.itemsize
@@ -90,10 +94,6 @@ class Step:
     @property
     def scale(self) -> float:
         return float(self.case.heads.head_dim) ** -0.5
-
-    @property
-    def is_decode(self) -> bool:
-        return all(num_tokens == 1 for num_tokens, _ in self.case.sizes)
 
     @property
     def spec(self) -> AttendSpec:

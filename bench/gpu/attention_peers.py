@@ -53,7 +53,7 @@ def flashinfer(step: Step) -> Peer | None:
             attend(step.q, step.kv, layer, plan, step.scale, out)
         return out
 
-    if not step.is_decode or step.device.type != "cuda":
+    if not step.case.is_decode or step.device.type != "cuda":
         return Peer(run=layers, num_layers=NUM_LAYERS)
     graph = graph_of(layers)
 
