@@ -53,6 +53,7 @@ class RankGpu(PlanningDevice):
     def __init__(self, *, captures: bool = False, abort_s: float = 5.0) -> None:
         super().__init__(captures=captures)
         self._abort_s = abort_s
+        self._borrowed: list[MappedRegion] = []
 
     def create(self, nbytes: int) -> Region:
         address = CudaRuntime.load(stand_in.library()).malloc(nbytes)  # until this process ends
@@ -67,7 +68,14 @@ class RankGpu(PlanningDevice):
         return RankMemory(gpu=runtime.uuid(0), handle=runtime.memory_handle(self.tensor(region).data_ptr()))
 
     def borrow(self, memory: RankMemory, nbytes: int) -> MappedRegion:
-        return MappedRegion(CudaRuntime.load(stand_in.library()), 0, memory.handle, nbytes, self.torch_device)
+        self._borrowed.append(MappedRegion(CudaRuntime.load(stand_in.library()), 0, memory.handle, nbytes, self.torch_device))
+        return self._borrowed[-1]
+
+    def close(self) -> None:
+        """Here the process goes on, with what a lost instance had mapped."""
+        super().close()
+        for region in self._borrowed:
+            region.close()
 
     def meeting_place(self, folder: Path) -> bytes:
         return Nccl.load(stand_in.library()).unique_id()

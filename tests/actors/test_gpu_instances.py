@@ -38,6 +38,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(worker, "Ranks", partial(Ranks, program=PROGRAM))
     with choice.override("all=torch"):
         yield
+    assert stand_in.count("maps") == 0
 
 
 def on_gpus(backend: str = "auto", **settings: Any) -> AbstractAsyncContextManager[Pair]:
