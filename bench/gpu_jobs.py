@@ -32,6 +32,7 @@ ENV = {
 PYTEST = ("-m", "pytest", "-c", f"{ROOT}/bench/gpu/pytest.ini", f"--rootdir={ROOT}", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
 NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 PASSED = re.compile(r"^(?:.*, )?(\d+) passed", re.MULTILINE)
+PROGRESS = re.compile(r"^([.FEsxX]+)(?:\s*\[ *\d+%\])?$", re.MULTILINE)
 NO_TESTS = 5  # pytest's exit status
 
 
@@ -145,12 +146,18 @@ def run_tests(file: PytestFile, deadline_s: float, folder: Path) -> FileResult:
     return FileResult(
         path=file.path,
         outcome="passed" if ended.status == 0 else "failed",
-        num_passed=int(passed[-1]) if (passed := PASSED.findall(ended.output)) else 0,  # of the cases one may have been interrupted
+        num_passed=_num_passed(ended.output),  # of the cases one may have been interrupted
         num_failed=len(failed),
         skipped=skipped,
         seconds=ended.seconds,
         reason=reason.strip(),
     )
+
+
+def _num_passed(output: str) -> int:
+    """By pytest's last line, or where it was killed, as a GPU that hangs makes it be, by its dots."""
+    passed = PASSED.findall(output)
+    return int(passed[-1]) if passed else sum(line.count(".") for line in PROGRESS.findall(output))
 
 
 def _cases(report: Path) -> list[ET.Element]:

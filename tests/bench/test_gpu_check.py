@@ -86,6 +86,12 @@ def test_a_file_that_hangs_keeps_what_had_passed(tmp_path: Path) -> None:
     assert tested.num_passed == 1
 
 
+def test_a_file_that_cannot_even_be_interrupted_keeps_what_had_passed(tmp_path: Path) -> None:
+    hangs = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n time.sleep(60)"
+    tested = run_file(tmp_path, f"import signal\nimport time\ndef test_a(): pass\ndef test_b(): pass\ndef test_c():\n {hangs}\n", 10.0)
+    assert (tested.outcome, tested.num_passed) == ("failed", 2)
+
+
 def test_parts_that_fail_or_hang_leave_the_others_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "gpu"
     folder.mkdir()
