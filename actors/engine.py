@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -242,7 +243,8 @@ class Engine:
     def close(self) -> None:
         if self._ranks is not None:
             if self._ranks.lost is None:
-                self.device.mark().wait()  # what is in the queue may still be at the other ranks' memory
+                with suppress(RankLost):  # only now
+                    self.device.mark().wait()  # what is in the queue may still be at the other ranks' memory
             self._ranks.close()
         self.residency.close()
         self._bound.clear()
