@@ -20,6 +20,7 @@ from polymux.transport.units import GIB, WorkerId
 Device = Literal["cpu", "cuda"]
 GPU_SHARE = 0.92  # of a GPU's memory, for the workers on it: their arenas and what they take beside them
 GPU_OVERHEAD_BYTES = 3 * GIB // 2  # of one worker beside its arena: context, compiled kernels, activations, graphs
+RANK_OVERHEAD_BYTES = GIB  # and of one of several ranks: the buffers through which they sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +119,13 @@ def choose(config: ClusterConfig, hosts: Sequence[GpuHost]) -> dict[Role, PoolDe
     asked = {role: _asked(pools[role], device) for role, (device, _) in devices.items()}
     given = sum(pools[role].workers * num_gpus for role, num_gpus in asked.items() if num_gpus)
     open_roles = [role for role, (device, _) in devices.items() if device == "cuda" and asked[role] is None]
-    num_left = int(sum(host.num_gpus for host in usable) - given)
+    num_usable = sum(host.num_gpus for host in usable)
+    num_left = int(num_usable - given)
+    if num_left < 0 and any(device == "cuda" for device, _ in devices.values()):
+        raise ConfigError(
+            f"pools.*.num_gpus and pools.*.tensor_parallel ask for {given:g} GPUs, and {num_usable} are usable; lower them or "
+            "pools.*.workers, or set pools.*.device=cpu"
+        )
     share = gpu_share(sum(pools[role].workers for role in open_roles), num_left)
     if open_roles and share is None:
         num_workers = sum(pool.workers for pool in pools.values())
@@ -197,7 +204,8 @@ def _arena_bytes(num_gpus: float, slot: Slot) -> int | None:
     sizes = [slot.host.gpus.gpus[i].memory_bytes for i in slot.gpus if i < len(slot.host.gpus.gpus)]
     if not sizes:
         return None
-    share = int(min(num_gpus, 1.0) * GPU_SHARE * min(sizes)) - GPU_OVERHEAD_BYTES
+    overhead = GPU_OVERHEAD_BYTES + (RANK_OVERHEAD_BYTES if num_gpus > 1 else 0)
+    share = int(min(num_gpus, 1.0) * GPU_SHARE * min(sizes)) - overhead
     if share <= 0:
         raise ConfigError(f"{num_gpus:g} of a GPU with {min(sizes)} bytes leaves no room for an arena; let fewer workers share it")
     return share

@@ -261,6 +261,8 @@ class Ranks:
             if self.lost is None or isinstance(region, Region):  # what a GPU may still be at goes with this process
                 region.close()
         self.regions = ()
+        if self._collectives is not None:
+            self._collectives.close()  # first, or the others' end would look like a loss
         for rank in self._ranks:
             rank.channel.shut()
         until_s = time.monotonic() + EXIT_S
@@ -274,8 +276,6 @@ class Ranks:
             reader.join(EXIT_S)
         for rank in self._ranks:
             rank.channel.close()
-        if self._collectives is not None:
-            self._collectives.close()
         self._ranks, self._readers = [], []
         self._folder.cleanup()
 

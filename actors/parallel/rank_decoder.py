@@ -15,7 +15,7 @@ from torch import Tensor
 from polymux.actors.models.config import ArchConfig
 from polymux.actors.models.decoder import Decoder, LayerWeights, ModelWeights, PlannedStep, State, Step
 from polymux.actors.parallel.collectives import Collectives
-from polymux.actors.parallel.shards import rank_config
+from polymux.actors.parallel.shards import rank_config, whole_rows
 from polymux.kernels import ops
 from polymux.kernels.few_rows import FewRows
 
@@ -91,4 +91,4 @@ class RankDecoder(Decoder):
         """Vocabulary-parallel: all of the logits on rank 0, none elsewhere."""
         (mine,) = super()._predict(weights, *state)
         parts = self._collectives.gather(mine)
-        return (torch.cat(parts, dim=1)[:, : self.vocab_size] if parts else mine[:, :0],)
+        return (whole_rows(parts, self.vocab_size) if parts else mine[:, :0],)

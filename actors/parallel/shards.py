@@ -7,6 +7,7 @@ lie at the same offsets everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -45,6 +46,12 @@ def rank_config(config: ArchConfig, num_ranks: int) -> ArchConfig:
 def rank_vocab(vocab_size: int, num_ranks: int) -> int:
     """Rows of the embedding, and of the head, that each rank has; the last ranks' may be padding."""
     return -(-vocab_size // num_ranks)
+
+
+def whole_rows(parts: Sequence[Tensor], vocab_size: int) -> Tensor:
+    """Logits [R, vocab_size] of every rank's [R, rank_vocab], without padding, contiguous."""
+    size = parts[0].shape[1]
+    return torch.cat([part[:, : max(vocab_size - rank * size, 0)] for rank, part in enumerate(parts)], dim=1)
 
 
 def cut(config: ArchConfig, name: str, tensor: Tensor, shard: Shard) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from polymux.actors.models.config import ArchConfig
-from polymux.actors.parallel.shards import cut, rank_config
+from polymux.actors.parallel.shards import cut, rank_config, rank_vocab, whole_rows
 from polymux.actors.weights.builder import build_images
 from polymux.actors.weights.checkpoint import Checkpoint
 from polymux.actors.weights.image import ImageManifest
@@ -132,3 +132,11 @@ def test_the_ranks_images_have_one_shape_and_one_digest(name: str, layout: str, 
     finally:
         for fd in (*fds, whole):
             os.close(fd)
+
+
+@given(st.integers(1, 40), st.integers(1, 6))
+def test_logits_of_all_ranks_are_the_models_in_one_piece(vocab_size: int, num_ranks: int) -> None:
+    size = rank_vocab(vocab_size, num_ranks)
+    padded = torch.arange(3 * size * num_ranks).view(3, -1).float()
+    found = whole_rows(padded.split(size, dim=1), vocab_size)
+    assert torch.equal(found, padded[:, :vocab_size]) and found.is_contiguous()

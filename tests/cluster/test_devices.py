@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymux.cluster.config import ClusterConfig
-from polymux.cluster.devices import GPU_OVERHEAD_BYTES, GpuHost, PoolDevice, Seat, Seating, Slot, choose, describe, seat, weight_layout
+from polymux.cluster.devices import (
+    GPU_OVERHEAD_BYTES,
+    RANK_OVERHEAD_BYTES,
+    GpuHost,
+    PoolDevice,
+    Seat,
+    Seating,
+    Slot,
+    choose,
+    describe,
+    seat,
+    weight_layout,
+)
 from polymux.cluster.gpu_topology import Gpu, HostGpus
 from polymux.cluster.sizing import worker_settings
 from polymux.disagg.placement import Link
@@ -80,6 +92,7 @@ def test_gpus_that_only_a_scheduler_knows_are_reserved_and_not_computed_on() -> 
             "num_gpus=1 is not a GPU for each rank",
         ),
         ({"tensor_parallel": 2, "workers": 2}, (host(4),), "would share 0 GPUs"),
+        ({"tensor_parallel": 4, "workers": 2}, (host(4),), r"ask for 8 GPUs, and 4 are usable; lower them or pools\.\*\.workers"),
         ({"workers": 20}, (host(1),), "at most 8 can share one"),
         ({"num_gpus": 1}, (host(1),), "would share 0 GPUs"),
     ],
@@ -168,7 +181,8 @@ def test_the_arena_of_each_rank_is_what_its_smallest_gpu_leaves() -> None:
     uneven = replace(host(2), gpus=replace(host(2).gpus, gpus=(gpus[0], replace(gpus[1], memory_bytes=40 * GIB))))
     pair = seat(PoolDevice(device="cuda", num_gpus=2.0), Slot(host=uneven, gpus=(0, 1)))
     alone = seat(PoolDevice(device="cuda", num_gpus=1.0), Slot(host=uneven, gpus=(1,)))
-    assert pair.arena_bytes == alone.arena_bytes
+    assert pair.arena_bytes is not None and alone.arena_bytes is not None
+    assert pair.arena_bytes == alone.arena_bytes - RANK_OVERHEAD_BYTES
     settings = worker_settings(config({}, {"tensor_parallel": 2}), Role.DECODE, WorkerId("decode-0"), "store", (), pair)
     assert (settings.num_ranks, settings.arena_bytes, settings.engine.device) == (2, pair.arena_bytes, "cuda")
 

@@ -27,6 +27,7 @@ NONE = HostGpus(gpus=(), links=())
 BARE = Host(gpus=NONE, why_unlisted="nvidia-ml-py is not installed", why_unusable="this torch is built without CUDA")
 GOOD = Host(gpus=PAIR, why_unlisted="", why_unusable="", num_visible=2, versions="CUDA 13.0, NCCL 2.29.7", nccl_version=22907)
 CONFIG = ClusterConfig()
+RANKS = ClusterConfig.from_dict({"pools": {"prefill": {"tensor_parallel": 2}, "decode": {"tensor_parallel": 2}}})
 
 
 def transport(host: Host, *overrides: str) -> Finding:
@@ -45,6 +46,8 @@ def transport(host: Host, *overrides: str) -> Finding:
         (doctor_gpu.device(CONFIG, BARE), Level.OK, "prefill on cpu (no usable GPU", ""),
         (doctor_gpu.device(CONFIG, GOOD), Level.OK, "decode on cuda, 1 GPU a worker (2 usable GPUs)", ""),
         (doctor_gpu.device(CONFIG, replace(GOOD, num_visible=1)), Level.OK, "prefill on cuda, 1/2 GPU a worker", ""),
+        (doctor_gpu.device(RANKS, replace(GOOD, num_visible=4)), Level.OK, "decode on cuda, 2 GPUs a worker (2 GPUs of one host", ""),
+        (doctor_gpu.device(RANKS, GOOD), Level.MISSING, "no worker could start", "ask for 4 GPUs, and 2 are usable; lower them"),
         (doctor_gpu.device(CONFIG, replace(BARE, gpus=PAIR)), Level.OK, "built without CUDA", ""),
         (transport(BARE), Level.OK, "local, shm, tcp: the first", ""),
         (transport(GOOD), Level.OK, "local, cuda_ipc, nccl: the first", ""),
