@@ -151,21 +151,24 @@ def open_within(
 
 
 def _map(region: DeviceRegion, terms: IpcTerms, edge: EdgeTerms, release: Callable[[], None]) -> Mapped:
-    runtime = region.runtime
+    runtime, mover = region.runtime, region.mover
     if not 0 < edge.num_ranks <= MAX_RANKS or len(terms.memory) != edge.num_ranks * HANDLE_BYTES:
         raise WireError(f"IPC handles of {len(terms.memory)} bytes for the memories of {edge.num_ranks} ranks")
     if not terms.events or len(terms.events) % HANDLE_BYTES:
         raise WireError(f"IPC handles of {len(terms.events)} bytes for events")
-    region.mover.incoming.prepare()
+    mover.incoming.prepare()
     addresses: list[int] = []
     events: list[int] = []
 
-    def let_go() -> None:
-        release()
+    def close_all() -> None:
         for close, opened in ((runtime.destroy_event, events), (runtime.close_memory, addresses)):
             for one in opened:
                 with suppress(CudaError):  # its owner may be dead
                     close(one)
+
+    def let_go() -> None:
+        release()
+        mover.aside(close_all)  # which waits for the device, and so perhaps for the peer of another edge
 
     try:
         addresses.extend(runtime.open_memory(handle) for handle in _handles(terms.memory))

@@ -35,7 +35,7 @@ class Arrival:
     slab: Slab | None = None
     operation: Operation | None = None  # that brings it into the slab, where somebody else does that
     is_writing: bool = False  # to granted blocks
-    since_s: float = 0.0
+    since_s: float = 0.0  # the device has all that writes
     has_failed: bool = False
     is_over: bool = False
 
@@ -167,7 +167,6 @@ class DeviceReceiver:
                 self._give_back(arrival)
                 return False
             self._flights.append(self._queue.popleft())
-        arrival.since_s = now_s
         if arrival.slab is not None:
             self._link.begin(arrival, now_s)
         return True
@@ -191,7 +190,6 @@ class DeviceReceiver:
             arrival.is_writing = transfer is not None
             arrival.is_over = transfer is None
         if transfer is not None:
-            arrival.since_s = now_s
             self._write(arrival, transfer, slab)
         else:
             self._give_back(arrival)
@@ -218,6 +216,7 @@ class DeviceReceiver:
             raise
         finally:
             self._mover.runtime.record(slab.event, self._lane.stream)
+            arrival.since_s = time.monotonic()  # not before: kernels may have been compiled
 
     def _written(self, arrival: Arrival, slab: Slab) -> None:
         move, transfer = arrival.item, arrival.transfer

@@ -174,7 +174,7 @@ class _Departure:
     is_reading: bool = False  # its source blocks
     is_forgotten: bool = False  # before the sink was told of it
     is_announced: bool = False  # or dropped: its turn is over
-    since_s: float = 0.0
+    since_s: float = 0.0  # the device has all that reads
 
     @property
     def is_sending(self) -> bool:
@@ -260,7 +260,7 @@ class NcclSender:
         has_moved |= self._land()
         if self._is_closed:
             return self._end() or has_moved
-        while self._begin(now_s):
+        while self._begin():
             has_moved = True
         return has_moved
 
@@ -268,7 +268,7 @@ class NcclSender:
         """The edge goes; what the device still does is looked after until it is over."""
         self._reactor.post(self._broken, why)
 
-    def _begin(self, now_s: float) -> bool:
+    def _begin(self) -> bool:
         """Gather the next move, if its blocks are final and there is a slab."""
         with self._lock:
             if not self._queue or sum(one.slab is not None for one in self._flights) >= PER_EDGE:
@@ -286,7 +286,6 @@ class NcclSender:
                 return True
             self._flights.append(self._queue.popleft())
             departure.is_reading = departure.slab is not None
-        departure.since_s = now_s
         if departure.slab is not None:
             self._gather(departure, departure.slab)
         return True
@@ -306,6 +305,7 @@ class NcclSender:
             raise
         finally:
             self._mover.runtime.record(slab.event, self._lane.stream)
+            departure.since_s = time.monotonic()  # not before: kernels may have been compiled
 
     def _has_read(self, departure: _Departure, now_s: float) -> bool:
         """Whether its source blocks are in the slab by now; whoever waited for that is told."""

@@ -10,6 +10,7 @@ import ctypes
 import threading
 from functools import cache
 
+from polymux.transport.cuda.runtime import PIECE_BYTES
 from polymux.transport.errors import ConfigError, OutOfMemory, PolymuxError
 
 PORTABLE, READ_ONLY = 0x01, 0x08  # of CU_MEMHOSTREGISTER_*
@@ -53,10 +54,10 @@ class Driver:
             function.argtypes, function.restype = arguments, ctypes.c_int
 
     def allocate(self, nbytes: int) -> int:
-        """The address of that much device memory. Raises OutOfMemory, or PolymuxError with the driver's reason."""
+        """The address of that much device memory, alone in its pieces. Raises OutOfMemory, or PolymuxError with the driver's reason."""
         self._bind()
         address = _Pointer()
-        status = self._library.cuMemAlloc_v2(ctypes.byref(address), nbytes)
+        status = self._library.cuMemAlloc_v2(ctypes.byref(address), -(-nbytes // PIECE_BYTES) * PIECE_BYTES)
         if status == _OUT_OF_MEMORY:
             raise OutOfMemory(f"the GPU has no {nbytes} bytes in one piece for the arena; lower arena_bytes, or see who else uses it")
         self._check("cuMemAlloc", status)

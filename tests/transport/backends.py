@@ -50,8 +50,10 @@ def between_processes(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Either side's configuration for a parameter such as "stand-in+nccl"; `child=True` for the one in a process of its own.
 
     NCCL refuses two ranks on one GPU; on a real one each process therefore says that it is another host, and the bytes go over sockets.
+    Where a worker would end its process, this one goes on, and the test fails.
     """
     device, backend = request.param.split("+")
+    fenced: list[str] = []
     if device == "stand-in":
         request.getfixturevalue("at_rest")
     else:
@@ -59,9 +61,13 @@ def between_processes(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
             monkeypatch.setenv(name, value)
 
     def make(*, child: bool = False, **more: Any) -> dict[str, Any]:
-        env = {"env": SOCKETS | {"NCCL_HOSTID": "polymux-child"}} if child else {}
-        return {"settings": QUICK | {"backend": backend}, "gpu": device, "limits": LIMITS} | env | more
+        own = {"env": SOCKETS | {"NCCL_HOSTID": "polymux-child"}} if child else {"fence": fenced.append}
+        return {"settings": QUICK | {"backend": backend}, "gpu": device, "limits": LIMITS} | own | more
 
+    def check() -> None:
+        assert not fenced, fenced
+
+    request.addfinalizer(check)
     return make
 
 

@@ -336,7 +336,7 @@ def main() -> None:
         return
     peer = Peer(**config.pop("peer"))
     decoder = Decoder(**config)
-    edge = decoder.sink.connect(peer, 5.0)
+    edge = decoder.sink.connect(peer, 30.0)  # the first communicator of a process takes seconds on a GPU
     say({"backend": edge.backend, "reason": edge.reason})
     for line in sys.stdin:
         ask = json.loads(line)

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from backends import eventually
 
+from polymux.transport.cuda import slab
 from polymux.transport.cuda.runtime import CudaRuntime
+from polymux.transport.cuda.slab import Slab
 from polymux.transport.errors import ProtocolMismatch
 from polymux.transport.kv_choice import HOST_BACKENDS, RETRY_S, RecentFailures, Side, offered, to_try, why_not
 from polymux.transport.messages import Peer
 from polymux.transport.protocol import DeviceTerms
-from polymux.transport.units import Epoch, WorkerId
+from polymux.transport.units import MIB, Epoch, WorkerId
 
 pytestmark = pytest.mark.usefixtures("at_rest", "nothing_left")
 LIMITS = {"join_s": 2.0, "stall_s": 0.4, "abort_s": 0.5}
@@ -165,6 +167,83 @@ def test_a_device_call_that_does_not_return_fences_the_process(pair: Any, monkey
         decoder.region.mover.post(lambda: go_on.wait(10))
         assert eventually(lambda: len(fenced) == 1) and "has not returned" in fenced[0]
         go_on.set()
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cuda_ipc"])
+def test_kernels_that_take_long_to_be_launched_are_no_copy_that_does_not_end(
+    pair: Any, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """The first launch of a process may compile."""
+    fenced: list[str] = []
+    with pair(gpu(backend, fence=fenced.append), gpu(backend, fence=fenced.append)) as (prefiller, decoder):
+        edge = decoder.sink.connect(prefiller.peer, 5)
+        launched: list[int] = []
+        is_done = CudaRuntime.is_done
+
+        def slow(self: Slab, *args: Any) -> None:
+            if not launched:
+                launched.append(self.event)
+                time.sleep(LIMITS["stall_s"] + 0.1)
+            real(self, *args)
+
+        def late(self: CudaRuntime, event: int) -> bool:
+            if event in launched and len(launched) < 4:
+                launched.append(event)
+                return False  # at the first looks
+            return is_done(self, event)
+
+        name = "scatter" if backend == "cuda_ipc" else "gather"
+        real = getattr(Slab, name)
+        monkeypatch.setattr(Slab, name, slow)
+        monkeypatch.setattr(CudaRuntime, "is_done", late)
+        assert decoder.until_over(decoder.order(edge, 2, deadline_s=20)) == ["committed"]
+        assert not fenced and len(launched) == 4
+
+
+def test_the_kernels_run_once_before_there_is_an_edge(at_rest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(slab, "implementation", lambda operation, device: lambda *args: ran.append(operation))
+    region = at_rest.region(MIB)
+    assert eventually(lambda: region.mover is not None and ran == ["gather_blocks", "scatter_blocks"])
+    region.close()
+
+
+def test_memory_of_others_is_let_go_where_nobody_waits_for_it(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To unmap waits for the device: for a kernel of another edge, that is, whose peer is dead, and whose abort is the mover's to begin."""
+    go_on = threading.Event()
+    close_memory = CudaRuntime.close_memory
+
+    def waits(self: CudaRuntime, address: int) -> None:
+        assert go_on.wait(10)
+        close_memory(self, address)
+
+    monkeypatch.setattr(CudaRuntime, "close_memory", waits)
+    with pair(gpu("cuda_ipc"), gpu("cuda_ipc")) as (prefiller, decoder):
+        edge = decoder.sink.connect(prefiller.peer, 5)
+        decoder.until_over(decoder.order(edge, 2))
+        edge.close()
+        assert eventually(lambda: not edge.is_open and decoder.region.mover.num_edges == 0)
+        assert decoder.until_over(decoder.order(decoder.sink.connect(prefiller.peer, 5), 3)) == ["committed"]
+        go_on.set()
+
+
+def test_no_pinned_memory_is_given_back_while_edges_are_served(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[int] = []
+    free_pinned = CudaRuntime.free_pinned
+    monkeypatch.setattr(CudaRuntime, "free_pinned", lambda self, address: (freed.append(address), free_pinned(self, address)))
+    with pair(gpu("nccl"), gpu("nccl")) as (prefiller, decoder):
+        edge = decoder.sink.connect(prefiller.peer, 5)
+        for count in (1, 9, 2, 33):  # samples of as many sizes
+            assert decoder.until_over(decoder.order(edge, count)) == ["committed"]
+        assert not freed
+    assert freed
+
+
+def test_an_allocation_that_is_exported_shares_its_memory_with_no_other(at_rest: Any) -> None:
+    runtime = CudaRuntime.load(at_rest.library())
+    address = runtime.malloc(2 * MIB + 1)
+    assert runtime.memory_handle(address).rstrip(b"\0").endswith(b" %d" % (4 * MIB))
+    runtime.free(address)
 
 
 def test_a_sticky_error_of_the_device_fences_the_process(pair: Any, at_rest: Any) -> None:

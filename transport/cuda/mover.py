@@ -17,7 +17,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from polymux.transport.cuda.region import DeviceRegion
-from polymux.transport.cuda.slab import Lane, SlabPool
+from polymux.transport.cuda.slab import Lane, SlabPool, warm_up
 from polymux.transport.errors import CudaError, PolymuxError, TransferTimeout
 from polymux.transport.nccl.api import Nccl, load_error
 from polymux.transport.nccl.aside import ThreadAside
@@ -146,7 +146,7 @@ class Mover:
             lane.stream,
             unique_id,
             rank,
-            aside=self._aside,
+            aside=self.aside,
             fence=self.fence,
             limits=self.limits,
             now_s=time.monotonic(),
@@ -161,15 +161,18 @@ class Mover:
         self._watcher.join(2 * _WATCH_S)
         return not self._thread.is_alive() and not self.num_slabs_out
 
-    def _aside(self, call: Callable[[], int | None]) -> ThreadAside[int | None]:
+    def aside(self, call: Callable[[], int | None]) -> ThreadAside[int | None]:
+        """Begin a call that may take long, on this GPU, in a thread of its own."""
+
         def run() -> int | None:
             self.runtime.set_device(self._region.index)
             return call()
 
-        return ThreadAside(run, "polymux-nccl")
+        return ThreadAside(run, "polymux-aside")
 
     def _run(self) -> None:
         self.runtime.set_device(self._region.index)
+        self._guarded(self._warm_up)
         pause_s = _SHORTEST_S
         while True:
             posted = self._next(pause_s)
@@ -188,6 +191,13 @@ class Mover:
         if not self.num_slabs_out:
             self.incoming.close()
             self.outgoing.close()
+
+    def _warm_up(self) -> None:
+        """Before there is an edge: the peer of one that is busy compiling takes it for dead."""
+        lane = self.lane()
+        with lane.on():
+            warm_up(self._region.device)
+        self.return_lane(lane)
 
     def _next(self, pause_s: float) -> list[Callable[[], object]] | None:
         """What was posted, perhaps nothing; None at the end."""

@@ -14,10 +14,12 @@ from functools import cache
 from pathlib import Path
 
 from polymux.transport.errors import CudaError
+from polymux.transport.units import MIB
 
 HANDLE_BYTES = 64  # of CUDA IPC, for memory and for events
+PIECE_BYTES = 2 * MIB  # of device memory: smaller allocations may share one, and a handle exports all that is in it
 _NOT_READY = 600
-_STICKY = frozenset({4, 214, 220, 700, 702, 709, 710, *range(714, 720), 999})  # the context is lost with all that it holds
+_STICKY = frozenset({4, 214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721, 810, 911, 999})  # the context is lost with all it holds
 _NON_BLOCKING = 0x01  # a stream beside the default one
 _DISABLE_TIMING, _INTERPROCESS = 0x02, 0x04
 _ENABLE_PEER = 0x01
@@ -97,7 +99,7 @@ class CudaRuntime:
 
     def malloc(self, nbytes: int) -> int:
         """One allocation of its own, which can be exported whole."""
-        return self._made("cudaMalloc", nbytes)
+        return self._made("cudaMalloc", -(-nbytes // PIECE_BYTES) * PIECE_BYTES)
 
     def free(self, address: int) -> None:
         self._call("cudaFree", address)

@@ -21,7 +21,7 @@ from polymux.transport.cuda.region import DeviceGrid, DeviceRegion, as_tensor
 from polymux.transport.errors import CudaError, OutOfMemory
 from polymux.transport.head_slices import first_holders, heads_of
 from polymux.transport.protocol import MAX_MOVE_BLOCKS, MAX_MOVE_BYTES
-from polymux.transport.units import MIB
+from polymux.transport.units import BLOCK_SIZE, MIB
 
 PER_EDGE = 2  # while one is on the wire the other is filled; no edge may have more, for a dead peer keeps its own until the abort
 _WORD_BYTES = 8
@@ -61,7 +61,7 @@ class Slab:
         self._ids_address = self._runtime.pinned(2 * MAX_MOVE_BLOCKS * _WORD_BYTES)
         self._host_ids = as_tensor(self._ids_address, 2 * MAX_MOVE_BLOCKS * _WORD_BYTES, torch.device("cpu")).view(torch.int64)
         self._ids = torch.empty(2 * MAX_MOVE_BLOCKS, dtype=torch.int64, device=region.device)
-        self._sample_address = 0
+        self._samples: list[int] = []  # pinned memory, the last of it in use
         self._sample = torch.empty(0, dtype=torch.uint8)
 
     def gather(self, grid: DeviceGrid, block_ids: Sequence[int], layers: range) -> None:
@@ -80,15 +80,15 @@ class Slab:
 
     def download(self, nbytes: int) -> None:
         """Begin to bring the first bytes to the host, for `checksum`."""
-        if self._sample.nbytes < nbytes:
-            self._free_sample()
-            self._sample_address = self._runtime.pinned(nbytes)
-            self._sample = as_tensor(self._sample_address, nbytes, torch.device("cpu"))
+        if self._sample.nbytes < nbytes:  # what is too small is kept: to free it would wait for the device, and so for a peer
+            size = 1 << (nbytes - 1).bit_length()
+            self._samples.append(self._runtime.pinned(size))
+            self._sample = as_tensor(self._samples[-1], size, torch.device("cpu"))
         self._sample[:nbytes].copy_(self.memory[:nbytes], non_blocking=True)
 
     def checksum(self, nbytes: int) -> int:
         """Of what was downloaded, once that is done."""
-        return zlib.crc32((ctypes.c_char * nbytes).from_address(self._sample_address)) if nbytes else 0
+        return zlib.crc32((ctypes.c_char * nbytes).from_address(self._samples[-1])) if nbytes else 0
 
     def _gather(self, grid: DeviceGrid, ids: Tensor, layers: range) -> None:
         gather_blocks = implementation("gather_blocks", grid.kv.device)
@@ -109,19 +109,21 @@ class Slab:
         self._host_ids[at:end] = torch.tensor(block_ids, dtype=torch.int64)
         return self._ids[at:end].copy_(self._host_ids[at:end], non_blocking=True)
 
-    def _free_sample(self) -> None:
-        if self._sample_address:
-            self._sample = torch.empty(0, dtype=torch.uint8)
-            self._runtime.free_pinned(self._sample_address)
-            self._sample_address = 0
-
     def close(self) -> None:
         """Waits for the device."""
-        self.memory = self._ids = self._host_ids = torch.empty(0, dtype=torch.uint8)
-        self._free_sample()
-        self._runtime.free_pinned(self._ids_address)
+        self.memory = self._ids = self._host_ids = self._sample = torch.empty(0, dtype=torch.uint8)
+        for address in (*self._samples, self._ids_address):
+            self._runtime.free_pinned(address)
         self._runtime.destroy_event(self.event)
         self._runtime.free(self.address)
+
+
+def warm_up(device: torch.device) -> None:
+    """Have the kernels compiled as every move needs them, and loaded. On the present lane."""
+    blocks = torch.zeros(1, 1, 2, 1, BLOCK_SIZE, 64, dtype=torch.int16, device=device)
+    slab, first = torch.zeros_like(blocks), torch.zeros(1, dtype=torch.int64, device=device)
+    for operation in ("gather_blocks", "scatter_blocks"):
+        implementation(operation, device)(blocks, first, slab, slice(0, 1), _ALL_HEADS)
 
 
 class SlabPool:
