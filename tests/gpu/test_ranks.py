@@ -40,7 +40,8 @@ SOURCES = [ModelSource(model=name, path=str(MODELS / name), dtype="float32", max
 def a_gpu_of_each_rank() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if torch.cuda.device_count() < 2:
-            torch.cuda.init()  # from here on the variable is for the other rank
+            torch.cuda.init()
+            assert torch.cuda.device_count() == 1  # torch keeps it, so from here on the variable is for the other rank
             first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
             for name, value in (SOCKETS | {"CUDA_VISIBLE_DEVICES": f"{first},{first}", "NCCL_HOSTID": "polymux-rank-0"}).items():
                 patch.setenv(name, value)
