@@ -52,8 +52,8 @@ class PytestFile:
 
     @property
     def runs_alone(self) -> bool:
-        """Whether it measures time or fills memory: all but the kernels' comparisons with their references."""
-        return not self.path.startswith("tests/kernels/")
+        """Whether it measures time or fills memory: not the comparisons of kernels and of a worker's tokens, which mostly compile."""
+        return not self.path.startswith(("tests/kernels/", "tests/gpu/"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,6 +115,7 @@ class TorchRuntime:
 
     def enter(self) -> None:
         torch.cuda.set_device(self.device)
+        self._compute.stream.wait_stream(torch.cuda.current_stream(self.device))  # what was made before, by whoever made it
         torch.cuda.set_stream(self._compute.stream)
 
     def stream(self) -> Stream:
