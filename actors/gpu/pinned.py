@@ -1,14 +1,16 @@
 """Host memory that the GPU copies from and to at full speed: mapped by others, pinned here chunk by chunk when it is first used.
 
 Pinning takes about as long as copying once, so a chunk at a time lets the first copies start at once, and what is never used is never
-pinned. A copy that crosses from one chunk into the next is two copies: the driver takes no range that was registered in parts. Where
-memory cannot be pinned at all it is copied from as it is, which is slower and nothing else.
+pinned. A copy that crosses from one chunk into the next is two copies: the driver takes no range that was registered in parts. Chunks
+begin where pages do, since pages are what is pinned, and none of them twice. Where memory cannot be pinned at all it is copied from as it
+is, which is slower and nothing else.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,7 +34,7 @@ class _Map:
     begin: int
     end: int
     read_only: bool
-    chunks: dict[int, int] = field(default_factory=dict)  # address of each pinned one, by number
+    chunks: dict[int, range] = field(default_factory=dict)  # addresses of each pinned one, by number
     num_users: int = 0
     is_forgotten: bool = False
 
@@ -76,10 +78,10 @@ class PinnedMaps:
         with self._lock:
             found = self._maps[number]
         assert found.begin <= address and address + nbytes <= found.end
-        end = address + nbytes
+        end, first = address + nbytes, self._first(found)
         while address < end:
-            chunk = (address - found.begin) // self._chunk_bytes
-            stop = min(end, found.begin + (chunk + 1) * self._chunk_bytes)
+            chunk = (address - first) // self._chunk_bytes
+            stop = min(end, first + (chunk + 1) * self._chunk_bytes)
             self._pin(found, chunk)
             yield tensor_at(address, stop - address)
             address = stop
@@ -94,7 +96,11 @@ class PinnedMaps:
     @property
     def num_pinned_bytes(self) -> int:
         with self._lock:
-            return sum(min(at + self._chunk_bytes, m.end) - at for m in self._maps.values() for at in m.chunks.values())
+            return sum(len(chunk) for found in self._maps.values() for chunk in found.chunks.values())
+
+    def _first(self, found: _Map) -> int:
+        """Where the first chunk would begin: where the first page does. Smaller chunks, which only tests have, begin with the map."""
+        return found.begin - found.begin % mmap.PAGESIZE if self._chunk_bytes % mmap.PAGESIZE == 0 else found.begin
 
     def _use(self, owner: object, begin: int, nbytes: int, *, read_only: bool) -> int:
         with self._lock:
@@ -109,14 +115,15 @@ class PinnedMaps:
         with self._lock:
             if chunk in found.chunks or found.read_only in self._refused:
                 return
-            at = found.begin + chunk * self._chunk_bytes
+            at = self._first(found) + chunk * self._chunk_bytes
+            part = range(max(at, found.begin), min(at + self._chunk_bytes, found.end))
             try:
-                self._runtime.register(at, min(self._chunk_bytes, found.end - at), read_only=found.read_only)
+                self._runtime.register(part.start, len(part), read_only=found.read_only)
             except PolymuxError as error:
                 self._refused.add(found.read_only)
                 log.warning("memory.not_pinned is_read_only=%s reason=%s", found.read_only, error)
                 return
-            found.chunks[chunk] = at
+            found.chunks[chunk] = part
 
     def _drop_if_unused(self, found: _Map) -> None:
         if found.is_forgotten and not found.num_users:
@@ -125,7 +132,7 @@ class PinnedMaps:
 
     def _unpin(self, found: _Map) -> None:
         while found.chunks:
-            self._runtime.unregister(found.chunks.popitem()[1])
+            self._runtime.unregister(found.chunks.popitem()[1].start)
 
 
 def address_of(data: memoryview) -> int:

@@ -199,6 +199,20 @@ def test_a_map_that_is_used_again_stays_pinned(mapped: memoryview) -> None:
     assert not runtime.registered
 
 
+def test_no_page_is_pinned_twice_where_memory_begins_within_one() -> None:
+    runtime = LateRuntime()
+    pinned = PinnedMaps(runtime, chunk_bytes=16 * KIB)  # type: ignore[arg-type]
+    memory = torch.frombuffer(mmap.mmap(-1, 64 * KIB), dtype=torch.uint8, offset=100, count=50 * KIB)
+    number = pinned.use_tensor(memory)
+    first = memory.data_ptr()
+    assert sum(len(piece) for piece in pinned.pieces(number, first, 50 * KIB)) == 50 * KIB == pinned.num_pinned_bytes
+    pages = [page for at, (size, _) in runtime.registered.items() for page in range(at // 4096, -(-(at + size) // 4096))]
+    assert len(pages) == len(set(pages)) and len(runtime.registered) == 4
+    pinned.release(number)
+    pinned.close()
+    assert not runtime.registered
+
+
 def test_memory_that_cannot_be_pinned_is_copied_all_the_same(mapped: memoryview, caplog: pytest.LogCaptureFixture) -> None:
     pinned = PinnedMaps(LateRuntime(can_pin=False), chunk_bytes=16 * KIB)  # type: ignore[arg-type]
     number = pinned.use_buffer(mapped)
