@@ -125,8 +125,9 @@ class RankComm:
             event = self._spare.pop() if self._spare else self.runtime.event()
         self.runtime.record(event, stream)
         with self._changed:
+            if not self._pending.events:
+                self._changed.notify_all()
             self._pending.add(event, time.monotonic())
-            self._changed.notify_all()
 
     def settle(self) -> None:
         """Return when the first steps, which load code and connect the ranks, have come to an end. Raises RankLost."""
