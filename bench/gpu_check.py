@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only test files and benchmarks whose name has one of these in it")
     parser.add_argument("--total-s", type=float, default=TOTAL_S, help="when to be done")
     args = parser.parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; what it starts is ended by an interrupt all the same
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     benchmarks = find_benchmarks()
     args.out.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():

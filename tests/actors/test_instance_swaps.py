@@ -17,7 +17,6 @@ from polymux.transport.messages import Cancel, ModelSpec
 from polymux.transport.units import BLOCK_SIZE, KIB, MIB, SequenceId
 
 RANKS = (2, 4)  # four hold each head twice
-DEGREES = pytest.mark.parametrize("ranks", RANKS)
 
 
 def counters(pair: Pair) -> dict[str, float]:
@@ -39,7 +38,7 @@ async def together(pair: Pair, asks: list[Ask]) -> list[list[int]]:
     return list(await asyncio.gather(*(pair.generate(*ask) for ask in asks)))
 
 
-@DEGREES
+@pytest.mark.parametrize("ranks", RANKS)
 async def test_answers_are_the_same_when_sequences_were_swapped_out_or_computed_again(ranks: int) -> None:
     expected, kv_bytes = await alone(ranks)
     async with running_pair(ranks=(1, ranks), decode_kv_bytes=kv_bytes, batch_invariant=True, host_kv_bytes=8 * MIB) as tight:
@@ -63,7 +62,7 @@ async def test_answers_are_the_same_when_sequences_were_swapped_out_or_computed_
         assert counters(tight)["swap_failures"] > 0
 
 
-@DEGREES
+@pytest.mark.parametrize("ranks", RANKS[-1:])
 async def test_a_cached_prefix_that_left_every_rank_comes_back_from_the_host(ranks: int) -> None:
     async with running_pair(ranks=(1, ranks), decode_kv_bytes=512 * KIB, host_kv_bytes=8 * MIB, batch_invariant=True) as pair:
         spec, here = pair.specs[NAMES[0]], (pair.decode, pair.decode)

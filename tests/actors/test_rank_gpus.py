@@ -118,7 +118,7 @@ def test_ranks_say_what_one_says_with_steps_that_run_ahead(num_ranks: int, store
     assert until(lambda: stand_in.count("comms") == comms)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [4])
 def test_tokens_are_the_same_when_blocks_went_to_the_host_and_to_other_blocks_in_the_middle(
     num_ranks: int, store: Store, alone: dict[Any, Any]
 ) -> None:
@@ -197,8 +197,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("strike", "within_s"), [(signal.SIGKILL, 1.5), (signal.SIGSTOP, 3.5)])
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("rank", "strike", "within_s"), [(1, signal.SIGSTOP, 3.5), (3, signal.SIGKILL, 1.5)])
 def test_a_rank_lost_between_steps_that_run_ahead_is_a_typed_error_and_leaves_nothing(
     strike: signal.Signals, within_s: float, rank: int, store: Store
 ) -> None:

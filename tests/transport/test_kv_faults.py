@@ -79,8 +79,9 @@ def test_a_late_message_is_only_late(pair: Any, backend: dict[str, Any], step: s
         edge = decoder.sink.connect(prefiller.peer, 5)
         transfers = [decoder.order(edge, 4) for _ in range(4)]
         edge.cancel(transfers[1].transfer_id, "not this one")
-        assert decoder.until_over(*transfers) == ["committed", "Cancelled", "committed", "committed"]
-        assert edge.is_open
+        found = decoder.until_over(*transfers)
+        assert found.pop(1) in ("Cancelled", "committed")  # it may have been over before
+        assert found == ["committed"] * 3 and edge.is_open
 
 
 @pytest.mark.parametrize("step", ["source.send.move", "source.send.commit", "sink.send.ended"])
