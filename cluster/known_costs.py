@@ -75,9 +75,8 @@ class KnownCosts:
             word = words.get(model) or _Word(self._guesses[model])
             own.pop(model, None)
             is_other = one.num_steps >= ENOUGH_STEPS and self._differs(cost, word.cost, TELLING)
-            if is_other and word.said_by != worker_id and word.num_steps >= ENOUGH_STEPS:
-                own[model] = cost
-            elif self._is_news(cost, one.num_steps, word):
+            holds = word.said_by not in (None, worker_id) and word.num_steps >= ENOUGH_STEPS  # for its like, whatever this one says
+            if self._is_news(cost, one.num_steps, word) and not (is_other and holds):
                 words[model] = _Word(cost, one.num_steps, worker_id)
                 changed[model] = cost
             elif is_other:
@@ -87,10 +86,12 @@ class KnownCosts:
         return bool(changed)
 
     def forget(self, worker_id: WorkerId) -> None:
-        """It is gone. What it said is believed until another has measured."""
+        """It is gone. What it said is believed until another has measured enough."""
         self._own.pop(worker_id, None)
         for words in self._words.values():
-            words.update({model: replace(word, num_steps=0, said_by=None) for model, word in words.items() if word.said_by == worker_id})
+            for model, word in words.items():
+                if word.said_by == worker_id:
+                    words[model] = replace(word, num_steps=min(word.num_steps, ENOUGH_STEPS), said_by=None)
 
     def _is_news(self, cost: Coefficients, num_steps: int, word: _Word) -> bool:
         """Whether a worker that knows at least as much says something else, or says it with much more behind it."""

@@ -73,12 +73,13 @@ def test_a_word_holds_for_all_until_much_more_is_known_or_the_machine_has_change
     assert reported(costs, ONE, 3.1 * DRIFT * 1.1, 151) == costs.of("cpu", OTHER)[A] == cost(3.1 * DRIFT * 1.1)
 
 
-def test_what_a_worker_said_that_is_gone_holds_until_another_has_measured() -> None:
+def test_what_a_worker_said_that_is_gone_holds_until_another_has_measured_enough() -> None:
     costs = known()
     reported(costs, ONE, 3.0, 1000)
     costs.forget(ONE)
     assert costs.of("cpu", OTHER)[A] == cost(3.0)
-    assert reported(costs, OTHER, 5.0, 2) == costs.of("cpu", THIRD)[A] == cost(5.0)
+    assert reported(costs, OTHER, 5.0, ENOUGH_STEPS - 1) == cost(3.0)
+    assert reported(costs, OTHER, 5.0, ENOUGH_STEPS) == costs.of("cpu", THIRD)[A] == cost(5.0)
 
 
 def test_another_kind_of_device_is_another_matter() -> None:
