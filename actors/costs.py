@@ -134,15 +134,15 @@ class CostFile:
 
 def device_kind(num_threads: int, num_ranks: int = 1, *, gpu: str = "") -> str:
     """A file name for what a worker computes on, a CPU unless a GPU is named: costs learned on one are right on another of this kind."""
+    ranks = f"-{num_ranks}-ranks" if num_ranks > 1 else ""
     if gpu:
-        return f"gpu-{_slug(gpu)}"
+        return f"gpu-{_slug(gpu)}{ranks}"
     name = platform.processor() or platform.machine()
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         name = found.group(1) if found else name
     except OSError:
         pass
-    ranks = f"-{num_ranks}-ranks" if num_ranks > 1 else ""
     return f"cpu-{_slug(name)}-{num_threads}-threads{ranks}"
 
 

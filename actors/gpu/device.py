@@ -24,12 +24,11 @@ from polymux.actors.gpu.pinned import PinnedMaps
 from polymux.actors.gpu.runtime import Event, Runtime, Stream, TorchRuntime
 from polymux.actors.gpu.target import ImageTarget
 from polymux.actors.parallel.collectives import Collectives, Meeting
-from polymux.actors.parallel.nccl_collectives import join_by_nccl
+from polymux.actors.parallel.nccl_collectives import join_by_nccl, load_nccl
 from polymux.transport.cuda.region import DeviceRegion as MigratingRegion
 from polymux.transport.cuda.region import MappedRegion
 from polymux.transport.cuda.runtime import CudaRuntime
 from polymux.transport.errors import ConfigError, CudaError
-from polymux.transport.nccl.api import Nccl
 from polymux.transport.rank_messages import RankMemory
 from polymux.transport.region import Region
 from polymux.transport.units import MIB
@@ -192,7 +191,7 @@ class CudaDevice:
         return self.torch_device.index or 0
 
     def meeting_place(self, folder: Path) -> bytes:
-        return Nccl.load().unique_id()
+        return load_nccl().unique_id()
 
     def join(self, meeting: Meeting) -> Collectives:
         return join_by_nccl(meeting, self.torch_device)

@@ -246,8 +246,7 @@ class Ranks:
 
     def check(self) -> None:
         """Raise RankLost if one is: what was read of the device before this call is good otherwise."""
-        if self.lost is not None:
-            raise self.lost
+        self._raise_if_lost()
         self.collectives.check()
 
     def _raise_if_lost(self) -> None:

@@ -107,12 +107,17 @@ class NcclCollectives:
         self._comm.settle()
 
 
-def join_by_nccl(meeting: Meeting, device: torch.device) -> NcclCollectives:
-    """The ranks' GPUs, of which this process computes on `device`. Returns when every rank has come. Raises RankLost."""
+def load_nccl() -> Nccl:
+    """Raises RankLost where there is none: without it no ranks on GPUs come up."""
     try:
-        runtime, nccl = CudaRuntime.load(), Nccl.load()
+        return Nccl.load()
     except (OSError, AttributeError, NcclError) as error:
         raise RankLost(f"several ranks on GPUs sum over NCCL: {load_error(error)}") from error
+
+
+def join_by_nccl(meeting: Meeting, device: torch.device) -> NcclCollectives:
+    """The ranks' GPUs, of which this process computes on `device`. Returns when every rank has come. Raises RankLost."""
+    runtime, nccl = CudaRuntime.load(), load_nccl()
     limits, index = RankLimits(timeout_s=meeting.timeout_s), device.index or 0
     comm = RankComm(nccl, runtime, meeting.rank, meeting.num_ranks, limits, index=index, on_lost=meeting.on_lost)
     comm.join(meeting.place)

@@ -112,6 +112,15 @@ def test_a_kind_of_device_is_a_plain_file_name() -> None:
     assert re.fullmatch(r"cpu-[a-z0-9-]+-3-threads", device_kind(3))
 
 
+def test_instances_of_other_degrees_are_of_another_kind_on_gpus_too() -> None:
+    assert [device_kind(3, degree, gpu="NVIDIA H200") for degree in (1, 2, 4)] == [
+        "gpu-nvidia-h200",
+        "gpu-nvidia-h200-2-ranks",
+        "gpu-nvidia-h200-4-ranks",
+    ]
+    assert device_kind(3, 2) == f"{device_kind(3)}-2-ranks"
+
+
 def test_a_file_is_plain_json(tmp_path: Path) -> None:
     file = CostFile(str(tmp_path), "cpu")
     file.save(taught().learned.observed())

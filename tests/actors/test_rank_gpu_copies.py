@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from polymux.actors.kv_blocks import kv_view
 from polymux.actors.parallel.weights import RankDevice
 from polymux.transport.cuda.region import DeviceRegion, MappedRegion
 from polymux.transport.cuda.runtime import CudaRuntime
-from polymux.transport.errors import ConfigError
+from polymux.transport.errors import ConfigError, RankLost
 from polymux.transport.head_slices import heads_of
+from polymux.transport.nccl.api import LIBRARY_VARIABLE
 from polymux.transport.rank_messages import RankMemory
 
 SEEDS = st.one_of(st.none(), st.integers(0, 1000))
@@ -119,6 +121,12 @@ def test_a_rank_that_cannot_be_reached_is_named_with_what_is_to_be_done() -> Non
     device = device_of(LateRuntime())
     with pytest.raises(ConfigError, match=r"the arena of a rank on GPU-2: cudaIpcOpenMemHandle.*; ranks need GPUs that reach each other"):
         device.borrow(RankMemory(gpu="GPU-2", handle=bytes(64)), 4096)
+
+
+def test_a_machine_without_nccl_is_told_what_for_before_any_rank_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(tmp_path / "libnccl.so"))
+    with pytest.raises(RankLost, match=r"several ranks on GPUs sum over NCCL: libnccl cannot be loaded: .*libnccl\.so"):
+        device_of(LateRuntime()).meeting_place(tmp_path)
 
 
 def test_what_is_lent_is_the_region_itself() -> None:

@@ -6,19 +6,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 import rank_gpus
 import stand_in
 import torch
+from backends import eventually
 from planned_batches import KINDS, MODELS, NAMES, Batch, tokens_of
 from rank_gpus import PROGRAM, RankGpu
+from test_instances import is_running
 
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.kv_blocks import kv_view
@@ -115,7 +116,7 @@ def test_ranks_say_what_one_says_with_steps_that_run_ahead(num_ranks: int, store
         found = {(name, kind): answers(engine, name, kind) for name in NAMES for kind in ("greedy", "sampled", "penalized")}
     assert found == alone
     assert device.graphs.num_replayed > 20
-    assert until(lambda: stand_in.count("comms") == comms)
+    assert eventually(lambda: stand_in.count("comms") == comms)
 
 
 @pytest.mark.parametrize("num_ranks", [4])
@@ -190,13 +191,6 @@ def pids(engine: Engine) -> tuple[int, ...]:
     return engine._ranks.pids
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize(("rank", "strike", "within_s"), [(1, signal.SIGSTOP, 3.5), (3, signal.SIGKILL, 1.5)])
 def test_a_rank_lost_between_steps_that_run_ahead_is_a_typed_error_and_leaves_nothing(
     strike: signal.Signals, within_s: float, rank: int, store: Store
@@ -218,16 +212,7 @@ def test_a_rank_lost_between_steps_that_run_ahead_is_a_typed_error_and_leaves_no
             batch.settle()
         with pytest.raises(RankLost):
             batch.step()
-        assert until(lambda: not any(map(is_running, processes)))
+        assert eventually(lambda: not any(map(is_running, processes)))
     stand_in.turn(**stand_in.RESTED)
-    assert until(lambda: stand_in.count("comms") == comms)
-    assert until(lambda: threading.active_count() <= threads), [thread.name for thread in threading.enumerate()]
-
-
-def until(is_true: Callable[[], bool], within_s: float = 3.0) -> bool:
-    end_s = time.monotonic() + within_s
-    while not is_true():
-        if time.monotonic() > end_s:
-            return False
-        time.sleep(0.02)
-    return True
+    assert eventually(lambda: stand_in.count("comms") == comms)
+    assert eventually(lambda: threading.active_count() <= threads), [thread.name for thread in threading.enumerate()]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu.edges import SOCKETS
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.gpu.device import CudaDevice
 from polymux.actors.gpu.graphs import CudaGraphs
@@ -31,7 +32,6 @@ from ..actors.planned_batches import KINDS, MODELS, NAMES, Batch, tokens_of
 
 pytestmark = pytest.mark.gpu
 TOKEN = "test-cluster-token-0123456789"
-SOCKETS = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_MNNVL_ENABLE": "0", "NCCL_MAX_NCHANNELS": "2"}
 
 SOURCES = [ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192, degrees=(1, 2)) for name in NAMES]
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from gpu.edges import SOCKETS
+
 HOST_BACKENDS, GPU_BACKENDS = ["local", "shm", "tcp"], ["gpu+local", "cuda_ipc", "nccl"]
 # Between instances: so many ranks at the source, and at the sink. Four hold each head twice.
 BETWEEN_RANKS = ["shm@2:4", "tcp@4:1", "gpu+local@4:2", "cuda_ipc@2:1", "cuda_ipc@2:4", "nccl@1:2", "nccl@4:2"]
@@ -37,13 +39,6 @@ def eventually(claim: Callable[[], bool], within_s: float = 5.0) -> bool:
 
 QUICK = {"silence_s": 1.2, "acknowledge_s": 1.0, "checksum_every": 1}
 LIMITS = {"join_s": 20.0, "stall_s": 5.0, "abort_s": 5.0}
-SOCKETS = {
-    "NCCL_NET": "Socket",
-    "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_IB_DISABLE": "1",
-    "NCCL_MNNVL_ENABLE": "0",
-    "NCCL_MAX_NCHANNELS": "2",
-}
 
 
 def between_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
