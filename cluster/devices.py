@@ -89,14 +89,14 @@ class Seating:
         return slots[0].link(slots[1]) if len(slots) == 2 and slots[0] and slots[1] else None
 
     def plain(self) -> dict[str, Any]:
-        """For /v1/polymux/topology: by pool what was chosen and why, by worker its GPUs."""
+        """For /v1/polymux/topology: all in one line, by pool what was chosen and why, by worker its GPUs."""
         pools = {str(role): {"device": one.device, "num_gpus": one.num_gpus, "why": one.why} for role, one in self.devices.items()}
         slots = {worker_id: seat.slot for worker_id, seat in self.seats.items() if seat.slot is not None}
         workers = {
             worker_id: {"host": slot.host.gpus.describe(), "gpus": list(slot.gpus), "joined_by": slot.within.name.lower()}
             for worker_id, slot in slots.items()
         }
-        return {"pools": pools, "workers": workers}
+        return {"summary": self.describe(), "pools": pools, "workers": workers}
 
     def describe(self) -> str:
         return "; ".join([*(describe(role, one) for role, one in self.devices.items()), *self._far_apart()])

@@ -282,15 +282,17 @@ def config(config: ConfigFile = None, model: Models = None, settings: Settings =
 
 @app.command()
 def doctor(
-    host: Annotated[str, typer.Option(help="address that serving would listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port that serving would listen on")] = 8000,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    host: Annotated[str | None, typer.Option(help="address that serving would listen on", show_default=False)] = None,
+    port: Annotated[int | None, typer.Option(help="port that serving would listen on", show_default=False)] = None,
     is_json: AsJson = False,
 ) -> None:
-    """Name what this machine lacks for serving, or has too little of, and the fix for each."""
+    """Name what this machine lacks for serving, or has too little of, and the fix for each; and what workers would compute on, and why."""
     from polymux.deploy.cli_doctor import show
     from polymux.deploy.doctor import examine
 
-    raise typer.Exit(show(examine(os.environ, host=host, port=port), out, is_json=is_json))
+    raise typer.Exit(show(examine(os.environ, config=config, settings=settings or (), host=host, port=port), out, is_json=is_json))
 
 
 # -- studies, without a cluster -----------------------------------------------------------------------------------------------------

@@ -33,8 +33,7 @@ class ServeFlags:
 
 def configuration(flags: ServeFlags, environ: Mapping[str, str]) -> ClusterConfig:
     """Raises ConfigError naming the flag or the field, and what would be right."""
-    path = flags.config or (Path(environ["POLYMUX_CONFIG"]) if environ.get("POLYMUX_CONFIG") else None)
-    config = ClusterConfig.load(path, overrides=_overrides(flags), environ=environ)
+    config = load(flags.config, _overrides(flags), environ)
     data = config.to_dict(show_secrets=True)
     models = {model["name"]: model for model in data["models"]}
     for text in flags.models:
@@ -51,6 +50,12 @@ def configuration(flags: ServeFlags, environ: Mapping[str, str]) -> ClusterConfi
             "no model to serve; give --model NAME=PATH, a --config FILE that lists models, or try `polymux demo`", param="models"
         )
     return config
+
+
+def load(path: Path | None, settings: Sequence[str], environ: Mapping[str, str]) -> ClusterConfig:
+    """What a file, else the one that POLYMUX_CONFIG names, environment and KEY=VALUE settings say. Raises ConfigError."""
+    named = environ.get("POLYMUX_CONFIG")
+    return ClusterConfig.load(path or (Path(named) if named else None), overrides=settings, environ=environ)
 
 
 def named_model(text: str) -> tuple[str, str]:

@@ -167,21 +167,26 @@ def _own_ray(config: ClusterConfig) -> Iterator[None]:
 
 
 def _watch(config: ClusterConfig, signals: Signals) -> None:
-    """Log what changes, until a signal comes. Raises WorkerLost when the controller is gone."""
+    """Log what workers compute on, and then what changes, until a signal comes. Raises WorkerLost when the controller is gone."""
     actor = find_controller(config)
     if actor is None:
         raise WorkerLost("the controller ended as soon as it had started; see Ray's logs")
-    control, seen = RayControlPlane(actor, deadline_s=10.0), dict[str, str]()
+    control, seen, edges = RayControlPlane(actor, deadline_s=10.0), dict[str, str](), frozenset[str]()
     while not signals.wait(WATCH_S):
         try:
-            states = _states(asyncio.run(control.topology()))
+            topology = asyncio.run(control.topology())
         except TimeoutError:
             log.warning("controller.silent seconds=10")
             continue
+        states = _states(topology)
+        if not seen:
+            log.info("devices.chosen %s", topology["devices"]["summary"])
         for name, state in states.items():
             if seen and seen.get(name) != state:
                 log.info("%s state=%s was=%s", name, state, seen.get(name, "unknown"))
-        seen = states
+        for edge in sorted(_edges(topology) - edges):
+            log.info(edge)
+        seen, edges = states, _edges(topology)
 
 
 def _states(topology: Mapping[str, Any]) -> dict[str, str]:
@@ -189,3 +194,12 @@ def _states(topology: Mapping[str, Any]) -> dict[str, str]:
     states = {f"worker.state worker={worker['worker_id']} epoch={worker['epoch']}": str(worker["state"]) for worker in topology["workers"]}
     ready = "yes" if topology["is_ready"] else "no: " + "; ".join(topology["reasons"])
     return states | {"cluster.ready": ready}
+
+
+def _edges(topology: Mapping[str, Any]) -> frozenset[str]:
+    """How KV comes to each worker, and why so."""
+    return frozenset(
+        f"kv.edge worker={worker['worker_id']} peer={edge['peer']} backend={edge['backend']} reason={edge['reason']!r}"
+        for worker in topology["workers"]
+        for edge in worker["edges"]
+    )

@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ LOW_FILES = 4096  # a front door holds a descriptor for each open stream
 LOW_MEMORY = 2 * GIB  # Ray takes about 0.4 GiB, and each worker 0.25 GiB beside its arena
 LOW_SHM = 128 * MIB  # of Ray's object store, as polymux starts it
 LOW_DISK = GIB  # Ray warns, and spills nothing, on a full disk
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000  # where the configuration cannot even be read
 MAX_SOCKET_PATH = 107  # bytes that Linux allows
 RAY_SOCKET = "/polymux-ray-12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 
@@ -62,9 +63,29 @@ PACKAGES = (
 )
 
 
-def examine(environ: Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000) -> list[Finding]:
-    """Every check, on this machine. Imports torch, if it is there, to ask it for a GPU."""
-    computing = gpus()
+def examine(
+    environ: Mapping[str, str],
+    *,
+    config: Path | None = None,
+    settings: Sequence[str] = (),
+    host: str | None = None,
+    port: int | None = None,
+) -> list[Finding]:
+    """Every check, on this machine, for a cluster as `polymux serve` would configure it. Imports torch, if it is there.
+
+    Raises ConfigError for a file or a setting that cannot be followed.
+    """
+    try:
+        from polymux.deploy.cli_config import load
+        from polymux.deploy.doctor_gpu import examine as look
+
+        asked = load(config, settings, environ)
+        computing = look(asked)
+        host, port = host or asked.serve.host, asked.serve.port if port is None else port
+    except ImportError as error:
+        computing = [
+            Finding(name="gpu", level=Level.NOTE, found=f"cannot ask: {error}", fix="install what is missing above, then look again")
+        ]
     has_gpu = any(one.name == "device" and "on cuda" in one.found for one in computing)
     return [
         python(sys.version_info[:3]),
@@ -78,7 +99,7 @@ def examine(environ: Mapping[str, str], *, host: str = "127.0.0.1", port: int = 
         open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], has_gpu=has_gpu),
         temporary(tempfile.gettempdir(), can_use_tmp=os.access("/tmp", os.W_OK)),
-        listening(host, port),
+        listening(host or DEFAULT_HOST, DEFAULT_PORT if port is None else port),
         ray_token(environ),
         ray_cluster(environ),
     ]
@@ -163,17 +184,6 @@ def cpu(flags: frozenset[str], num_cores: int) -> Finding:
     if not flags & {"amx_bf16", "avx512_bf16", "bf16"}:
         return Finding(name="cpu", level=Level.NOTE, found=found, fix="bfloat16 is emulated on this CPU; --dtype float32 may be faster")
     return Finding(name="cpu", level=Level.OK, found=found)
-
-
-def gpus() -> list[Finding]:
-    """What workers would compute on, where what it takes to ask is installed."""
-    try:
-        from polymux.cluster.config import ClusterConfig
-        from polymux.deploy import doctor_gpu
-
-        return doctor_gpu.examine(ClusterConfig())
-    except ImportError as error:
-        return [Finding(name="gpu", level=Level.NOTE, found=f"cannot ask: {error}", fix="install what is missing above, then look again")]
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from polymux.deploy import doctor
 from polymux.deploy.cli_doctor import show
 from polymux.deploy.doctor import GIB, MIB, Finding, Level
 from polymux.deploy.ray_token import ensure_token, token_source
+from polymux.transport.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 TORCH = next(one for one in doctor.PACKAGES if one.name == "torch")
@@ -92,6 +93,20 @@ def test_this_machine_can_serve(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["ok"] and {"python", "torch", "ray", "cpu", "gpu", "memfd", "/dev/shm", "memory", f"port {port}"} <= {
         one["name"] for one in report["checks"]
     }
+
+
+def test_it_judges_the_configuration_that_would_be_served(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        probe.listen()
+        port = probe.getsockname()[1]
+        file = tmp_path / "cluster.yaml"
+        file.write_text(f"serve: {{port: {port}}}\npools: {{prefill: {{device: cpu}}}}\n")
+        found = {one.name: one for one in doctor.examine({"HOME": str(tmp_path)}, config=file, settings=["pools.decode.device=cuda"])}
+    assert found[f"port {port}"].level is Level.MISSING
+    assert found["device"].level is Level.MISSING and "pools.decode" in found["device"].fix
+    with pytest.raises(ConfigError, match=r"pools\.decode\.devise"):
+        doctor.examine({}, settings=["pools.decode.devise=cuda"])
 
 
 def test_only_what_is_missing_makes_the_doctor_fail(capsys: pytest.CaptureFixture[str]) -> None:
