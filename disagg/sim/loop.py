@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 from polymux.disagg.sim.costs import CostModel
+from polymux.disagg.sim.links import Flow
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.topology import Hosts
 from polymux.disagg.sim.traffic import Traffic, traffic_of
@@ -53,16 +54,22 @@ class Journal:
 
 
 class Simulation(ABC, Generic[Device]):
-    """One pool under one policy. Ties in time: arrivals first, then whatever was begun first."""
+    """One pool under one policy. Ties in time: arrivals first, then whatever was begun first.
+
+    With `hosts` the devices share their links; raises ConfigError for costs that know no bytes.
+    """
 
     door_us = 0  # from a request's arrival until a policy hears of it
-    traffic: Traffic | None = None  # over links that devices share
 
-    def __init__(self, targets: Targets, journal: Journal | None = None) -> None:
+    def __init__(
+        self, costs: CostModel, targets: Targets, *, num_devices: int, hosts: Hosts | None = None, journal: Journal | None = None
+    ) -> None:
+        self._costs = costs
         self._targets = targets
         self._journal = journal
-        self._events: list[tuple[int, int, Device]] = []
+        self._events: list[tuple[int, int, Device | Flow]] = []
         self.num_events = 0
+        self.traffic: Traffic | None = None if hosts is None else traffic_of(costs, hosts, num_devices, self._at)
 
     def run(self, requests: Sequence[SimRequest], *, on_arrival: Callable[[int], None] | None = None) -> list[Progress]:
         """Serve them all, in arrival order. Returns their progress, in the same order. `on_arrival` hears how many came so far."""
@@ -84,13 +91,16 @@ class Simulation(ABC, Generic[Device]):
                 if on_arrival is not None:
                     on_arrival(num_arrived)
             else:
-                now_us, _, device = heapq.heappop(self._events)
-                self._ended(device, now_us)
+                now_us, _, one = heapq.heappop(self._events)
+                if not isinstance(one, Flow):
+                    self._ended(one, now_us)
+                elif self.traffic is not None and self.traffic.links.ended(one, now_us):
+                    self._flow_ended(one, self.traffic, now_us)
 
-    def _at(self, at_us: int, device: Device) -> None:
-        """`_ended` is called for this device at that time."""
+    def _at(self, at_us: int, one: Device | Flow) -> None:
+        """`_ended` is called for this device at that time, or `_flow_ended` for this flow if it has ended by then."""
         self.num_events += 1
-        heapq.heappush(self._events, (at_us, self.num_events, device))
+        heapq.heappush(self._events, (at_us, self.num_events, one))
 
     def _note(self, device: int, kind: str, model: str, began_us: int, ended_us: int) -> None:
         if self._journal is not None:
@@ -103,13 +113,17 @@ class Simulation(ABC, Generic[Device]):
     def _begin(self, requests: Sequence[SimRequest]) -> None:
         """Names and kinds of the models may be read, as a registry has them; nothing else of what is to come."""
 
-    def _join(self, costs: CostModel, hosts: Hosts | None, num_devices: int) -> None:
-        """The devices are in such hosts. Raises ConfigError for costs that know no bytes."""
-        if hosts is not None:
-            self.traffic = traffic_of(costs, hosts, num_devices, self._at)
+    def _load(self, device: int, kind: str, now_us: int) -> int | None:
+        """How long all of a model's weights take to come; None over shared links, where `_flow_ended` is called when they have."""
+        if self.traffic is None:
+            return self._costs.load_us(kind)
+        return self.traffic.overhead_us if self.traffic.load(device, kind, now_us).is_done else None
 
     @abstractmethod
     def _arrive(self, one: Progress) -> None: ...
 
     @abstractmethod
     def _ended(self, device: Device, now_us: int) -> None: ...
+
+    @abstractmethod
+    def _flow_ended(self, flow: Flow, traffic: Traffic, now_us: int) -> None: ...

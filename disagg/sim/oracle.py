@@ -15,6 +15,7 @@ from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.request_level import MAX_IN_ROW, PATIENCE_US
 from polymux.disagg.sim.topology import Hosts
+from polymux.disagg.sim.traffic import Traffic
 
 
 @dataclass(slots=True, eq=False)
@@ -42,15 +43,13 @@ def _context_len(one: Progress) -> int:
     return one.request.input_len + one.num_tokens
 
 
-class OracleLevel(Simulation[_Worker | Flow]):
+class OracleLevel(Simulation[_Worker]):
     """Sees output lengths: the one policy here that does."""
 
     def __init__(
         self, costs: CostModel, targets: Targets, *, num_workers: int, hosts: Hosts | None = None, journal: Journal | None = None
     ) -> None:
-        super().__init__(targets, journal)
-        self._join(costs, hosts, num_workers)
-        self._costs = costs
+        super().__init__(costs, targets, num_devices=num_workers, hosts=hosts, journal=journal)
         self._workers = [_Worker(i) for i in range(num_workers)]
 
     def _arrive(self, one: Progress) -> None:
@@ -100,11 +99,10 @@ class OracleLevel(Simulation[_Worker | Flow]):
             for other in worker.line:
                 other.computed.clear()
             worker.loaded, what = batch.model, SWITCH
-            took_us = self._costs.load_us(batch.kind)
-            if self.traffic is not None:
-                took_us = self.traffic.overhead_us
-                if not self.traffic.load(worker.number, batch.kind, now_us).is_done:
-                    return
+            load_us = self._load(worker.number, batch.kind, now_us)
+            if load_us is None:
+                return
+            took_us = load_us
         else:
             worker.stepping = batch
             missing = batch.uncomputed()
@@ -116,22 +114,13 @@ class OracleLevel(Simulation[_Worker | Flow]):
         self._note(worker.number, what, batch.model, now_us, now_us + took_us)
         self._at(now_us + took_us, worker)
 
-    def _ended(self, device: _Worker | Flow, now_us: int) -> None:
-        if isinstance(device, Flow):
-            self._came(device, now_us)
-        else:
-            self._worker_ended(device, now_us)
+    def _flow_ended(self, flow: Flow, traffic: Traffic, now_us: int) -> None:
+        worker, ready_us = self._workers[flow.owner], now_us + traffic.overhead_us
+        assert worker.loaded is not None
+        self._note(worker.number, SWITCH, worker.loaded, flow.began_us, ready_us)
+        self._at(ready_us, worker)
 
-    def _came(self, flow: Flow, now_us: int) -> None:
-        """Weights, over links that others use too."""
-        assert self.traffic is not None
-        if self.traffic.links.ended(flow, now_us):
-            worker, ready_us = self._workers[flow.owner], now_us + self.traffic.overhead_us
-            assert worker.loaded is not None
-            self._note(worker.number, SWITCH, worker.loaded, flow.began_us, ready_us)
-            self._at(ready_us, worker)
-
-    def _worker_ended(self, worker: _Worker, now_us: int) -> None:
+    def _ended(self, worker: _Worker, now_us: int) -> None:
         worker.is_busy = False
         batch = worker.stepping
         if batch is not None:

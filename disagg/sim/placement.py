@@ -37,7 +37,10 @@ class Book:
 
 
 class Placement:
-    """`resident` says what weights a worker has, by its number, as far as a controller knows at that time."""
+    """`resident` says what weights a worker has, by its number, as far as a controller knows at that time.
+
+    Nothing is placed on the `excluded`, numbers too: they only prefill.
+    """
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class Placement:
         max_num_seqs: int,
         max_quota_s: float,
         kv_bytes: int,
-        excluded: frozenset[WorkerId] = frozenset(),
+        excluded: frozenset[int] = frozenset(),
     ) -> None:
         self._costs = costs
         self._tpot_s = tpot_s
@@ -58,7 +61,7 @@ class Placement:
         self._max_quota_s = max_quota_s
         self._kv_bytes = kv_bytes  # of a worker
         self._books = [Book(worker_id) for worker_id in worker_ids]
-        self._able = [number for number, book in enumerate(self._books) if book.worker_id not in excluded]
+        self._able = [number for number in range(len(self._books)) if number not in excluded]
         self._numbers = {book.worker_id: number for number, book in enumerate(self._books)}
         self._kinds: dict[ModelName, str] = {}
         self._decode_costs: dict[ModelName, Coefficients] = {}

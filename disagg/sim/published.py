@@ -14,6 +14,7 @@ from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.request_level import PATIENCE_US
 from polymux.disagg.sim.topology import Hosts
+from polymux.disagg.sim.traffic import Traffic
 
 LOOKAHEAD = 64  # tokens that each sequence of a batch may still grow by, where a batch is asked whether one more fits
 MIN_ALPHA = 0.5
@@ -64,7 +65,7 @@ class _Decode(_Device):
     stepping: list[Progress] = field(default_factory=list)
 
 
-class Published(Simulation[_Prefill | _Decode | Flow]):
+class Published(Simulation[_Prefill | _Decode]):
     """Serves with so many devices of each phase. A turn lasts `max_quota_us` at most.
 
     With `hosts`, what a switch has to copy by the published rules goes over their links; leaving KV in host memory stays free.
@@ -81,18 +82,13 @@ class Published(Simulation[_Prefill | _Decode | Flow]):
         hosts: Hosts | None = None,
         journal: Journal | None = None,
     ) -> None:
-        super().__init__(targets, journal)
-        self._join(costs, hosts, num_prefill + num_decode)
-        self._costs = costs
+        super().__init__(costs, targets, num_devices=num_prefill + num_decode, hosts=hosts, journal=journal)
         self._tpot_us = targets.tpot_us
         self._max_quota_us = max_quota_us
         self._prefills = [_Prefill(i) for i in range(num_prefill)]
         self._decodes = [_Decode(num_prefill + i) for i in range(num_decode)]
 
-    def _ended(self, device: _Prefill | _Decode | Flow, now_us: int) -> None:
-        if isinstance(device, Flow):
-            self._copied(device, now_us)
-            return
+    def _ended(self, device: _Prefill | _Decode, now_us: int) -> None:
         device.is_busy = False
         if isinstance(device, _Prefill):
             self._prefilled(device, now_us)
@@ -110,13 +106,11 @@ class Published(Simulation[_Prefill | _Decode | Flow]):
         self._note(device.number, kind, model, now_us + switch_us, now_us + switch_us + step_us)
         self._at(now_us + switch_us + step_us, device)
 
-    def _copied(self, flow: Flow, now_us: int) -> None:
-        assert self.traffic is not None
-        if not self.traffic.links.ended(flow, now_us):
-            return
+    def _flow_ended(self, flow: Flow, traffic: Traffic, now_us: int) -> None:
+        """What a switch had to copy is there."""
         device: _Prefill | _Decode = [*self._prefills, *self._decodes][flow.owner]
         kind, model, step_us = device.waiting
-        ready_us = now_us + self.traffic.overhead_us
+        ready_us = now_us + traffic.overhead_us
         self._note(device.number, SWITCH, model, flow.began_us, ready_us)
         self._note(device.number, kind, model, ready_us, ready_us + step_us)
         self._at(ready_us + step_us, device)

@@ -16,6 +16,7 @@ from polymux.disagg.sim.links import Flow
 from polymux.disagg.sim.loop import DECODE, PREFILL, SWITCH, Journal, Simulation
 from polymux.disagg.sim.outcome import Progress, Targets
 from polymux.disagg.sim.topology import Hosts
+from polymux.disagg.sim.traffic import Traffic
 
 MAX_IN_ROW = 4  # requests of one model at a worker's tail before another worker is tried
 PATIENCE_US = 15_000 * MS  # a request without a token for so long is given up, at the next arrival
@@ -50,7 +51,7 @@ class _Worker:
         return self.queue[:end]
 
 
-class RequestLevel(Simulation[_Worker | Flow]):
+class RequestLevel(Simulation[_Worker]):
     """Every worker does both phases. `idle_first`: `serverless_idle`."""
 
     def __init__(
@@ -63,9 +64,7 @@ class RequestLevel(Simulation[_Worker | Flow]):
         hosts: Hosts | None = None,
         journal: Journal | None = None,
     ) -> None:
-        super().__init__(targets, journal)
-        self._join(costs, hosts, num_workers)
-        self._costs = costs
+        super().__init__(costs, targets, num_devices=num_workers, hosts=hosts, journal=journal)
         self._idle_first = idle_first
         self._workers = [_Worker(i) for i in range(num_workers)]
 
@@ -118,9 +117,10 @@ class RequestLevel(Simulation[_Worker | Flow]):
         worker.is_busy = True
         if worker.loaded != model:
             worker.loaded = model
-            if self.traffic is not None and not self.traffic.load(worker.number, kind, now_us).is_done:
+            load_us = self._load(worker.number, kind, now_us)
+            if load_us is None:
                 return
-            worker.ends_us = [now_us + (self._costs.load_us(kind) if self.traffic is None else self.traffic.overhead_us)]
+            worker.ends_us = [now_us + load_us]
         elif new := [one for one in run if not one.num_tokens]:
             worker.running = new
             worker.ends_us = [now_us + self._costs.prefill_us(kind, [one.request.input_len for one in new])]
@@ -157,21 +157,12 @@ class RequestLevel(Simulation[_Worker | Flow]):
         self._note(worker.number, what, worker.loaded, worker.began_us, ends_us[-1])
         worker.began_us = ends_us[-1]
 
-    def _ended(self, device: _Worker | Flow, now_us: int) -> None:
-        if isinstance(device, Flow):
-            self._loaded(device, now_us)
-        else:
-            self._worker_ended(device, now_us)
+    def _flow_ended(self, flow: Flow, traffic: Traffic, now_us: int) -> None:
+        worker = self._workers[flow.owner]
+        worker.ends_us = [now_us + traffic.overhead_us]
+        self._at(worker.ends_us[0], worker)
 
-    def _loaded(self, flow: Flow, now_us: int) -> None:
-        """Weights have come over links that others use too."""
-        assert self.traffic is not None
-        if self.traffic.links.ended(flow, now_us):
-            worker = self._workers[flow.owner]
-            worker.ends_us = [now_us + self.traffic.overhead_us]
-            self._at(worker.ends_us[0], worker)
-
-    def _worker_ended(self, worker: _Worker, now_us: int) -> None:
+    def _ended(self, worker: _Worker, now_us: int) -> None:
         if not worker.ends_us or worker.ends_us[-1] != now_us:
             return  # an event from before the news
         self._done(worker, len(worker.ends_us))

@@ -7,6 +7,7 @@ between them. It is sent there when its decode worker has room for it. Roles are
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,8 +76,7 @@ class SplitLevel(TokenLevel):
     ) -> None:
         roles = deal(num_prefill, num_workers - num_prefill)
         numbers = [number for number, role in enumerate(roles) if role is Role.PREFILL]
-        excluded = frozenset(WorkerId(f"worker-{number:04d}") for number in numbers)
-        super().__init__(costs, targets, policy, num_workers=num_workers, excluded=excluded, **settings)
+        super().__init__(costs, targets, policy, num_workers=num_workers, excluded=frozenset(numbers), **settings)
         self._prefill = prefill
         self._prefills = {number: _Prefills(self._workers[number], prefill.start()) for number in numbers}
         self._numbers = {worker.worker_id: worker.number for worker in self._workers}
@@ -86,7 +86,7 @@ class SplitLevel(TokenLevel):
         self._num_jobs = 0
         self.room.elsewhere = lambda prompt, worker: self._orders.append((prompt, worker))
 
-    def _begin(self, requests: Any) -> None:
+    def _begin(self, requests: Sequence[SimRequest]) -> None:
         super()._begin(requests)
         by_kind = {kind: _parabola(self._costs, kind) for kind in self._kinds.values()}
         self._prefill_costs = {model: by_kind[kind] for model, kind in self._kinds.items()}
@@ -130,8 +130,12 @@ class SplitLevel(TokenLevel):
         super()._arrive(one)
         self._send(one.request.arrival_us + self.door_us)
 
-    def _ended(self, device: SimWorker | Flow, now_us: int) -> None:
-        super()._ended(device, now_us)
+    def _ended(self, worker: SimWorker, now_us: int) -> None:
+        source = self._prefills.get(worker.number)
+        if source is None:
+            super()._ended(worker, now_us)
+        else:
+            self._prefilled(source, now_us)
         self._send(now_us)
 
     def _send(self, now_us: int) -> None:
@@ -214,11 +218,9 @@ class SplitLevel(TokenLevel):
             switch_s=0.0 if model == worker.weights.active else worker.weights.wait_us(model, now_us) / SECOND,
         )
 
-    def _step_ended(self, worker: SimWorker, now_us: int) -> None:
-        source = self._prefills.get(worker.number)
-        if source is None:
-            super()._step_ended(worker, now_us)
-            return
+    def _prefilled(self, source: _Prefills, now_us: int) -> None:
+        """A step of a prefill worker has ended."""
+        worker = source.worker
         assert worker.turn is not None
         worker.is_busy = False
         worker.weights.computed(now_us - worker.began_us)
@@ -268,18 +270,18 @@ class SplitLevel(TokenLevel):
         if source is not None:
             self._push(source, traffic, now_us)
 
-    def _flow_ended(self, flow: Flow, now_us: int) -> None:
-        if flow.kind != HANDOVER:
-            super()._flow_ended(flow, now_us)
-        elif self.traffic is not None and self.traffic.links.ended(flow, now_us):
+    def _flow_ended(self, flow: Flow, traffic: Traffic, now_us: int) -> None:
+        if flow.kind == HANDOVER:
             source, job = flow.owner
             self._handed_over(source, job, now_us)
             self._step(source, now_us)  # there may be room now
+        else:
+            super()._flow_ended(flow, traffic, now_us)
+        self._send(now_us)
 
     def _handed_over(self, source: _Prefills, job: _Job, now_us: int) -> None:
         """If all of it is, its blocks here go back, and it decodes."""
         if job.is_computed and all(flow.is_done for flow in job.flows):
-            job.is_computed = False  # once
             self.room.release(source.worker, job.prompt.one)
             self._deliver(job, now_us)
 

@@ -36,7 +36,7 @@ from polymux.transport.units import ModelName, SequenceId, WorkerId
 NO_OVERHEADS = Overheads()
 
 
-class TokenLevel(Simulation[SimWorker | Flow]):
+class TokenLevel(Simulation[SimWorker]):
     """One pool of equal workers. `max_prefill_tokens` bounds one prefill step.
 
     With `weight_budget_bytes`, its arena's reserve, a worker keeps models and KV while they fit; without, it follows the published
@@ -58,11 +58,10 @@ class TokenLevel(Simulation[SimWorker | Flow]):
         hosts: Hosts | None = None,
         max_quota_s: float = 4.0,
         overheads: Overheads = NO_OVERHEADS,
-        excluded: frozenset[WorkerId] = frozenset(),
+        excluded: frozenset[int] = frozenset(),
         journal: Journal | None = None,
     ) -> None:
-        super().__init__(targets, journal)
-        self._costs = costs
+        super().__init__(costs, targets, num_devices=num_workers, hosts=hosts, journal=journal)
         self._weight_budget_bytes = weight_budget_bytes
         self._keeps_kv = weight_budget_bytes is not None
         self._tpot_s = targets.tpot_us / SECOND
@@ -72,7 +71,6 @@ class TokenLevel(Simulation[SimWorker | Flow]):
         self._overheads = overheads
         self.door_us = overheads.door_us
         self._kinds: dict[ModelName, str] = {}
-        self._join(costs, hosts, num_workers)
         links = [Link() for _ in range(0, num_workers, devices_per_link)]
         self._workers = [self._worker(i, links[i // devices_per_link]) for i in range(num_workers)]
         self._placement = Placement(
@@ -323,13 +321,7 @@ class TokenLevel(Simulation[SimWorker | Flow]):
         self._note(worker.number, PREFILL if worker.prefilling else DECODE, worker.turn.model, worker.began_us, ends_us[-1])
         worker.began_us = ends_us[-1]
 
-    def _ended(self, device: SimWorker | Flow, now_us: int) -> None:
-        if isinstance(device, Flow):
-            self._flow_ended(device, now_us)
-        else:
-            self._step_ended(device, now_us)
-
-    def _step_ended(self, worker: SimWorker, now_us: int) -> None:
+    def _ended(self, worker: SimWorker, now_us: int) -> None:
         if not worker.is_busy or worker.held or worker.ends_us[-1] != now_us:
             return  # an event from before the news
         assert worker.turn is not None
@@ -370,16 +362,13 @@ class TokenLevel(Simulation[SimWorker | Flow]):
         worker.held_late_us = late_us
         return bool(worker.held)
 
-    def _flow_ended(self, flow: Flow, now_us: int) -> None:
-        assert self.traffic is not None
-        if not self.traffic.links.ended(flow, now_us):
-            return
+    def _flow_ended(self, flow: Flow, traffic: Traffic, now_us: int) -> None:
         worker = self._workers[flow.owner]
         worker.weights.arrived(flow, now_us)
         if not worker.held:
             self._catch_up(worker, now_us)
         elif all(one.is_done for one in worker.held):
-            self._release(worker, self.traffic, now_us)
+            self._release(worker, traffic, now_us)
         named = None if worker.turn is None else worker.turn.prefetch
         if worker.is_busy and named is not None and named not in worker.weights.resident:
             self._interrupt(worker)  # it asks for the prefetch again
