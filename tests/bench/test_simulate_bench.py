@@ -1,4 +1,4 @@
-"""The simulation benchmark on lists of the published form: its report, its last line, and the points that it is asked for."""
+"""The simulation benchmarks on lists of the published form: their reports, their last lines, and the points that they are asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+import sim_links
 import sim_scale
 import simulate
 from sim_published import HALF_SLO, PUBLISHED
@@ -57,6 +58,21 @@ def test_a_missing_point_is_named_with_those_that_there_are(tmp_path: Path) -> N
     write_list(tmp_path, "simreq-64-0.1-1.0-1.0.csv")
     with pytest.raises(SystemExit, match=r"no list for 65x0\.1; there are 64x0\.1"):
         simulate.main(["--trace-dir", str(tmp_path), "--points", "65,0.1"])
+
+
+def test_the_links_benchmark_has_every_policy_on_every_kind_of_hosts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_list(tmp_path, "simreq-64-0.1-1.0-1.0.csv")
+    out = tmp_path / "links.md"
+    sim_links.main(["--trace-dir", str(tmp_path), "--devices", "2", "--out", str(out)])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["hosts"].keys() == {"alone", "HGX", "PCIe 4.0", "one switch"}
+    assert all(found.keys() == {"slack", "slack-split", "wrr", "sllm-idle"} for found in line["hosts"].values())
+    shared = line["hosts"]["one switch"]["slack"]["links"]
+    assert "links" not in line["hosts"]["alone"]["slack"] and shared["busiest"]["link"] == "host 0 switch 0 in"
+    assert line["hosts"]["HGX"]["slack-split"]["links"]["bytes"]["handover"] > 0
+    text = out.read_text()
+    assert "| `slack-split`, 1 of 2 prefill |" in text and "(20 requests) on 2 simulated" in text
+    assert f"--devices 2 --out {out}`" in text
 
 
 def test_the_scale_benchmark_says_what_a_decision_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
