@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ import rank_peer
 from backends import eventually
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import NAMESPACE
 from rank_peer import COUNT, SUMS_A_STEP, Rank
 
 from polymux.transport.errors import RankLost
@@ -31,8 +31,7 @@ TIMEOUT_S = 0.8
 @contextmanager
 def others(unique_id: bytes, num_ranks: int, **knobs: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The other ranks, each a process; `knobs` of their stand-in."""
-    path = os.pathsep.join([str(Path(rank_peer.__file__).parents[2] / ".namespace"), str(Path(rank_peer.__file__).parent)])
-    env = os.environ | {"PYTHONPATH": path} | {f"STAND_IN_{name.upper()}": str(value) for name, value in knobs.items()}
+    env = os.environ | {"PYTHONPATH": str(NAMESPACE)} | {f"STAND_IN_{name.upper()}": str(value) for name, value in knobs.items()}
     with ExitStack() as stack:
         found = []
         for rank in range(1, num_ranks):
@@ -125,6 +124,26 @@ def test_what_nccl_complains_of_is_not_waited_for(at_rest: Any, nothing_left: No
         assert time.monotonic() - began_s < TIMEOUT_S and "remote process exited" in first.lost[0]
 
 
+def test_a_loss_that_two_find_at_once_ends_no_process(at_rest: Any, nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_rest.turn(peer_hangs=1)
+    with ranks(at_rest, 2) as (first, processes):
+        look = first.comm._look
+
+        def look_beside_another(*args: Any) -> str | None:
+            reason = look(*args)
+            if reason is not None:
+                first.comm.lose("its socket has ended")
+            return reason
+
+        monkeypatch.setattr(first.comm, "_look", look_beside_another)
+        freeze(processes[0])
+        first.step()
+        assert eventually(lambda: first.comm.num_pending == 0, TIMEOUT_S + 3.0)
+        assert not first.fenced and "heard no more" in first.lost[0]
+        with pytest.raises(RankLost, match="its socket has ended"):
+            first.comm.check()
+
+
 def test_an_abort_that_lets_nothing_go_ends_the_process(at_rest: Any) -> None:
     at_rest.turn(peer_hangs=1, abort_hangs=1)
     with ranks(at_rest, 2) as (first, processes):
@@ -138,10 +157,9 @@ def test_an_abort_that_lets_nothing_go_ends_the_process(at_rest: Any) -> None:
 
 def test_ranks_that_never_come_are_a_typed_error(at_rest: Any) -> None:
     at_rest.turn(init_hangs=1)
-    first: Any = object.__new__(Rank)
     unique_id = Nccl.load(at_rest.library()).unique_id()
     with pytest.raises(RankLost, match=r"rank 0 of 2 waited 0\.5 s for the others"):
-        first.__init__(unique_id, 0, 2, TIMEOUT_S, join_s=0.5)
+        Rank(unique_id, 0, 2, TIMEOUT_S, join_s=0.5)
     at_rest.turn(init_hangs=0)
     with others(unique_id, 2):  # or its thread would wait for ever
         assert eventually(lambda: not any(thread.name == "polymux-ranks-join" for thread in threading.enumerate()), 30.0)

@@ -86,8 +86,7 @@ class RankComm:
         self._patience_s = limits.join_s  # for a step or a call; `timeout_s` once all have computed together
         self._spare: list[int] = []
         self._is_closing = False
-        self._abort: ThreadAside[None] | None = None
-        self._aborted_s = 0.0
+        self._aborted_s: float | None = None  # when the abort began
         self._watch = threading.Thread(target=self._run, name="polymux-ranks-watch", daemon=True)
 
     def join(self, unique_id: bytes) -> None:
@@ -170,7 +169,7 @@ class RankComm:
             with self._changed:
                 handle, self._handle = self._handle, 0
                 if handle:
-                    self._abort = ThreadAside(lambda: self.nccl.abort(handle), "polymux-ranks-abort")
+                    ThreadAside(lambda: self.nccl.abort(handle), "polymux-ranks-abort")
                     self._aborted_s = time.monotonic()
                     self._changed.notify_all()
         finally:
@@ -182,10 +181,11 @@ class RankComm:
     def _run(self) -> None:
         self.runtime.set_device(self._index)
         while not self._rest():
-            reason = self._look()
+            aborted_s = self._aborted_s  # before the look: a loss that another thread finds meanwhile is no device that does not let go
+            reason = self._look(aborted_s)
             if reason is None or self._is_closing:
                 continue
-            if self._abort is not None:
+            if aborted_s is not None:
                 self._fence(f"{reason}; {self.lost}")
                 return
             self._on_lost(reason)  # before anything is let go: who looks at what the device brought must know it by then
@@ -196,18 +196,18 @@ class RankComm:
         with self._changed:
             if not self._is_closing:
                 self._changed.wait(LOOK_S if self._pending.events else self._limits.timeout_s / 4)
-            return self._is_closing or (self._abort is not None and not self._pending.events)
+            return self._is_closing or (self._aborted_s is not None and not self._pending.events)
 
-    def _look(self) -> str | None:
+    def _look(self, aborted_s: float | None) -> str | None:
         """What is wrong."""
         now_s, timeout_s = time.monotonic(), self._patience_s
         try:
             with self._changed:
                 self._spare += self._pending.drop_done(self.runtime.is_done, now_s)
-                age_s, aborted_s = self._pending.age_s(now_s), self._aborted_s
+                age_s = self._pending.age_s(now_s)
         except CudaError as error:
             return str(error)
-        if self._abort is not None:
+        if aborted_s is not None:
             is_stuck = age_s > 0 and now_s - aborted_s > self._limits.abort_s
             return f"the device did not let go {self._limits.abort_s:g} s after a rank was lost" if is_stuck else None
         called_s = self._called_s
@@ -219,7 +219,7 @@ class RankComm:
 
     def _complaint(self) -> str | None:
         """What NCCL itself has noticed."""
-        if not self._calling.acquire(timeout=0):
+        if not self._calling.acquire(blocking=False):
             return None
         try:
             code = self.nccl.async_error(self._handle) if self._handle else SUCCESS
