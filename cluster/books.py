@@ -71,7 +71,6 @@ class WorkerBook:
         self,
         hello: WorkerHello,
         epoch: Epoch,
-        costs: Mapping[ModelName, Coefficients],
         weight_bytes: Mapping[ModelName, int],
         *,
         now_s: float,
@@ -80,7 +79,7 @@ class WorkerBook:
         self.hello = hello
         self._weight_bytes = weight_bytes
         self.peer = Peer(worker_id=hello.worker_id, epoch=epoch, address=hello.address, host_id=hello.host_id, pid=hello.pid)
-        self.costs = costs  # replaced, never changed in place: views hold it, and workers that are alike have the same
+        self.costs: Mapping[ModelName, Coefficients] = {}  # replaced, never changed in place: views hold it, and alike workers the same one
         self.is_lost = False
         self.lease_until_s = now_s + lease_s
         self.reported: WorkerReport | None = None
@@ -143,13 +142,12 @@ class PrefillBook(WorkerBook):
         self,
         hello: WorkerHello,
         epoch: Epoch,
-        costs: Mapping[ModelName, Coefficients],
         weight_bytes: Mapping[ModelName, int],
         *,
         now_s: float,
         lease_s: float,
     ) -> None:
-        super().__init__(hello, epoch, costs, weight_bytes, now_s=now_s, lease_s=lease_s)
+        super().__init__(hello, epoch, weight_bytes, now_s=now_s, lease_s=lease_s)
         self.busy_until_s = now_s
         self._waiting: Counter[ModelName] = Counter()  # of the unsettled
         self._view: PrefillWorkerView | None = None
@@ -235,14 +233,13 @@ class DecodeBook(WorkerBook):
         self,
         hello: WorkerHello,
         epoch: Epoch,
-        costs: Mapping[ModelName, Coefficients],
         weight_bytes: Mapping[ModelName, int],
         *,
         now_s: float,
         lease_s: float,
         max_num_seqs: int,
     ) -> None:
-        super().__init__(hello, epoch, costs, weight_bytes, now_s=now_s, lease_s=lease_s)
+        super().__init__(hello, epoch, weight_bytes, now_s=now_s, lease_s=lease_s)
         self._max_num_seqs = max_num_seqs
         self._work: dict[ModelName, _Work] = {}
         self._reported_queue = (0, 0)

@@ -122,10 +122,9 @@ class Pool:
         if len(self) >= MAX_WORKERS:
             raise Overloaded(f"{len(self)} workers are alive, and no more than {MAX_WORKERS} may be")
         lease_s, weight_bytes = self._lease_s, self._weight_bytes
-        prefill, decode = (known.of(hello.device_kind, hello.worker_id) for known in (self._prefill_costs, self._decode_costs))
         self.members[hello.worker_id] = Member(
-            PrefillBook(hello, epoch, prefill, weight_bytes, now_s=now_s, lease_s=lease_s),
-            DecodeBook(hello, epoch, decode, weight_bytes, now_s=now_s, lease_s=lease_s, max_num_seqs=self._max_num_seqs),
+            PrefillBook(hello, epoch, weight_bytes, now_s=now_s, lease_s=lease_s),
+            DecodeBook(hello, epoch, weight_bytes, now_s=now_s, lease_s=lease_s, max_num_seqs=self._max_num_seqs),
             frozenset(),
         )
         self._tell(self.members[hello.worker_id])
