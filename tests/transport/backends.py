@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from processes import address_of, until
 
 from gpu.edges import SOCKETS
 
@@ -70,3 +72,43 @@ def all_given_back(end: Any) -> bool:
     """No slab is out, and no task of an edge is left."""
     mover = end.region.mover
     return eventually(lambda: mover.num_slabs_out == 0 and mover.num_edges == 0, LIMITS["abort_s"] + 1)
+
+
+def blocks_of_two_layouts_arrive(kv_peer: Any, child: Any, source_config: dict[str, Any], sink_config: dict[str, Any]) -> None:
+    """From a source in a process of its own; afterwards nothing of the edge is left."""
+    decoder = kv_peer.Decoder(**sink_config)
+    try:
+        with child(role="prefill", **source_config) as source:
+            edge = decoder.sink.connect(address_of(source), 30)
+            assert edge.backend == sink_config["settings"]["backend"]
+            transfers = [decoder.order(edge, n, layout=shape, deadline_s=30) for n, shape in ((1, "small"), (9, "large"), (33, "small"))]
+            assert decoder.until_over(*transfers, within_s=30) == ["committed"] * 3
+            assert decoder.is_whole() and source.until("whole", True)["whole"]
+        assert until(lambda: not edge.is_open)
+        assert all_given_back(decoder)
+    finally:
+        decoder.close()
+
+
+def a_lost_source_costs_its_transfers_only(
+    kv_peer: Any, child: Any, source_config: dict[str, Any], sink_config: dict[str, Any], action: str
+) -> None:
+    """`action`: "kill" or "freeze", as it sends its first move."""
+    decoder = kv_peer.Decoder(**sink_config)
+    try:
+        fault = {"step": "source.send.move", "action": action, "nth": 1}
+        with child(role="prefill", **source_config, faults=[fault]) as victim:
+            edge = decoder.sink.connect(address_of(victim), 30)
+            transfers = [decoder.order(edge, 6, deadline_s=30) for _ in range(2)]
+            began_s = time.monotonic()
+            assert set(decoder.until_over(*transfers, within_s=20)) <= {"PeerLost", "NcclError"}
+            assert time.monotonic() - began_s < 15  # long before the deadline
+            assert decoder.is_whole() and all_given_back(decoder)
+            if action == "freeze":
+                assert until(victim.is_frozen)
+                victim.thaw()
+                assert victim.until("whole", True)["whole"]
+            else:
+                assert victim.process.wait(5) == -signal.SIGKILL
+    finally:
+        decoder.close()

@@ -6,14 +6,12 @@ That is for tests only.
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from backends import all_given_back, between_processes
-from processes import address_of, until
+from backends import a_lost_source_costs_its_transfers_only, all_given_back, between_processes, blocks_of_two_layouts_arrive
+from processes import until
 
 REAL = pytest.mark.gpu
 
@@ -32,40 +30,12 @@ def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def test_blocks_of_two_layouts_arrive_exactly_from_another_process(kv_peer: Any, child: Any, config: Any) -> None:
-    decoder = kv_peer.Decoder(**config())
-    try:
-        with child(role="prefill", **config(child=True)) as source:
-            edge = decoder.sink.connect(address_of(source), 30)
-            assert edge.backend == config()["settings"]["backend"]
-            transfers = [decoder.order(edge, n, layout=shape, deadline_s=30) for n, shape in ((1, "small"), (9, "large"), (33, "small"))]
-            assert decoder.until_over(*transfers, within_s=30) == ["committed"] * 3
-            assert decoder.is_whole() and source.until("whole", True)["whole"]
-        assert until(lambda: not edge.is_open)
-        assert all_given_back(decoder)
-    finally:
-        decoder.close()
+    blocks_of_two_layouts_arrive(kv_peer, child, config(child=True), config())
 
 
 @pytest.mark.parametrize("action", ["kill", "freeze"])
 def test_a_prefill_worker_that_dies_or_freezes_costs_its_transfers_only(kv_peer: Any, child: Any, config: Any, action: str) -> None:
-    decoder = kv_peer.Decoder(**config())
-    try:
-        fault = {"step": "source.send.move", "action": action, "nth": 1}
-        with child(role="prefill", **config(child=True, faults=[fault])) as victim:
-            edge = decoder.sink.connect(address_of(victim), 30)
-            transfers = [decoder.order(edge, 6, deadline_s=30) for _ in range(2)]
-            began_s = time.monotonic()
-            assert set(decoder.until_over(*transfers, within_s=20)) <= {"PeerLost", "NcclError"}
-            assert time.monotonic() - began_s < 15  # long before the deadline
-            assert decoder.is_whole() and all_given_back(decoder)
-            if action == "freeze":
-                assert until(victim.is_frozen)
-                victim.thaw()
-                assert victim.until("whole", True)["whole"]
-            else:
-                assert victim.process.wait(5) == -signal.SIGKILL
-    finally:
-        decoder.close()
+    a_lost_source_costs_its_transfers_only(kv_peer, child, config(child=True), config(), action)
 
 
 @pytest.mark.parametrize("action", ["kill", "freeze"])

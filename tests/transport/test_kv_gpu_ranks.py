@@ -6,15 +6,14 @@ Peers are killed and frozen, as are ranks that only have memory.
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from backends import QUICK, all_given_back, between_processes
+from backends import QUICK, a_lost_source_costs_its_transfers_only, between_processes, blocks_of_two_layouts_arrive
 from kv_memories import region_bytes
-from processes import address_of, until
+from processes import address_of
 from rank_memory import RankMemory, rank_memories
 
 from polymux.transport.errors import ProtocolMismatch
@@ -45,41 +44,13 @@ def test_blocks_arrive_exactly_between_instances_whose_ranks_are_processes(
     kv_peer: Any, child: Any, config: Any, ranks: tuple[int, int]
 ) -> None:
     with sides(config, ranks) as (source_config, sink_config, _):
-        decoder = kv_peer.Decoder(**sink_config)
-        try:
-            with child(role="prefill", **source_config) as source:
-                edge = decoder.sink.connect(address_of(source), 30)
-                assert edge.backend == sink_config["settings"]["backend"]
-                transfers = [
-                    decoder.order(edge, n, layout=shape, deadline_s=30) for n, shape in ((1, "small"), (9, "large"), (33, "small"))
-                ]
-                assert decoder.until_over(*transfers, within_s=30) == ["committed"] * 3
-                assert decoder.is_whole() and source.until("whole", True)["whole"]
-            assert until(lambda: not edge.is_open)
-            assert all_given_back(decoder)
-        finally:
-            decoder.close()
+        blocks_of_two_layouts_arrive(kv_peer, child, source_config, sink_config)
 
 
 @pytest.mark.parametrize("action", ["kill", "freeze"])
 def test_an_instance_that_dies_or_freezes_costs_its_transfers_only(kv_peer: Any, child: Any, config: Any, action: str) -> None:
     with sides(config, (2, 2)) as (source_config, sink_config, _):
-        decoder = kv_peer.Decoder(**sink_config)
-        try:
-            fault = {"step": "source.send.move", "action": action, "nth": 1}
-            with child(role="prefill", **source_config | {"faults": [fault]}) as victim:
-                edge = decoder.sink.connect(address_of(victim), 30)
-                transfers = [decoder.order(edge, 6, deadline_s=30) for _ in range(2)]
-                began_s = time.monotonic()
-                assert set(decoder.until_over(*transfers, within_s=20)) <= {"PeerLost", "NcclError"}
-                assert time.monotonic() - began_s < 15
-                assert decoder.is_whole() and all_given_back(decoder)
-                if action == "freeze":
-                    assert until(victim.is_frozen)
-                    victim.thaw()
-                    assert victim.until("whole", True)["whole"]
-        finally:
-            decoder.close()
+        a_lost_source_costs_its_transfers_only(kv_peer, child, source_config, sink_config, action)
 
 
 def test_a_rank_that_is_frozen_keeps_nobody_from_its_memory(kv_peer: Any, child: Any, config: Any) -> None:
