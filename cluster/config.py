@@ -60,7 +60,7 @@ class PoolConfig(Section):
     num_cpus: float | None = Field(default=None, ge=0, description="CPUs that Ray reserves for one rank; unset takes num_threads")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="what workers compute on; auto: GPUs where there are some")
     num_gpus: AutoNumber = Field(
-        default=None, description="GPUs that Ray reserves for one worker; auto: one, or a share of one where there are fewer than workers"
+        default=None, description="GPUs that Ray reserves for one worker; auto: one for each rank; for one rank a share where GPUs are few"
     )
     resources: dict[str, float] = Field(default={}, description="custom Ray resources of one worker")
 
