@@ -212,8 +212,8 @@ class SplitLevel(TokenLevel):
             order=job.number,
             num_tokens=prompt.num_tokens,
             num_done=prompt.num_done,
-            due_at_s=self._due_s(prompt.one),
-            tpot_slo_s=self._tpot_s,
+            due_at_s=self._views.due_s(prompt.one),
+            tpot_slo_s=self._views.tpot_s,
             prefill_s=self._costs.prefill_us(job.kind, (prompt.num_left,), (prompt.num_done,)) / SECOND,
             switch_s=0.0 if model == worker.weights.active else worker.weights.wait_us(model, now_us) / SECOND,
         )

@@ -28,10 +28,11 @@ from polymux.disagg.sim.residency import ArtifactSwitcher, Link, PhysicalSwitche
 from polymux.disagg.sim.room import Room
 from polymux.disagg.sim.topology import Hosts
 from polymux.disagg.sim.traffic import Traffic
+from polymux.disagg.sim.work_views import WorkViews, prompt_view
 from polymux.disagg.sim.worker import Prompt, SimWorker, Work
 from polymux.disagg.sim.workload import SimRequest
-from polymux.disagg.views import BatchView, DecodeView, Due, PhaseView, PromptView, WorkView
-from polymux.transport.units import ModelName, SequenceId, WorkerId
+from polymux.disagg.views import BatchView, DecodeView
+from polymux.transport.units import ModelName, WorkerId
 
 NO_OVERHEADS = Overheads()
 
@@ -64,10 +65,10 @@ class TokenLevel(Simulation[SimWorker]):
         super().__init__(costs, targets, num_devices=num_workers, hosts=hosts, journal=journal)
         self._weight_budget_bytes = weight_budget_bytes
         self._keeps_kv = weight_budget_bytes is not None
-        self._tpot_s = targets.tpot_us / SECOND
         self._policy = policy
         self._max_prefill_tokens = max_prefill_tokens
         self._max_num_seqs = max_num_seqs
+        self._views = WorkViews(costs, targets, max_num_seqs)
         self._overheads = overheads
         self.door_us = overheads.door_us
         self._kinds: dict[ModelName, str] = {}
@@ -75,7 +76,7 @@ class TokenLevel(Simulation[SimWorker]):
         self._workers = [self._worker(i, links[i // devices_per_link]) for i in range(num_workers)]
         self._placement = Placement(
             costs,
-            self._tpot_s,
+            self._views.tpot_s,
             [worker.worker_id for worker in self._workers],
             lambda number, now_us: self._workers[number].weights.known(now_us),
             max_num_seqs=max_num_seqs,
@@ -184,31 +185,8 @@ class TokenLevel(Simulation[SimWorker]):
     def _batch(self, worker: SimWorker, model: ModelName, work: Work, now_us: int) -> BatchView:
         switch_s = self._wait_us(worker, model, work, now_us) / SECOND
         if work.view is None or work.view.switch_s != switch_s:
-            work.view = self._viewed(model, work, switch_s) if work.view is None else replace(work.view, switch_s=switch_s)
+            work.view = self._views.batch(model, work, switch_s) if work.view is None else replace(work.view, switch_s=switch_s)
         return work.view
-
-    def _viewed(self, model: ModelName, work: Work, switch_s: float) -> BatchView:
-        kv_tokens = work.kv_tokens + sum(prompt.num_tokens for prompt in work.prompts)
-        dues = [self._due(one, False) for one in work.running] + [self._due(prompt.one, True) for prompt in work.prompts]
-        return BatchView(
-            model=model,
-            num_seqs=len(dues),
-            kv_tokens=kv_tokens,
-            step_s=self._decode_s(work.kind, len(dues), kv_tokens),
-            tpot_slo_s=self._tpot_s,
-            switch_s=switch_s,
-            prefill_s=sum(self._costs.prefill_us(work.kind, (p.num_left,), (p.num_done,)) for p in work.prompts) / SECOND,
-            dues=tuple(dues),
-        )
-
-    def _due_s(self, one: Progress) -> float:
-        return (one.request.arrival_us + self._targets.due_us(one.num_tokens)) / SECOND
-
-    def _due(self, one: Progress, is_prompt: bool) -> Due:
-        return Due(self._due_s(one), self._tpot_s, one.num_on_time == one.num_tokens, is_prompt)
-
-    def _decode_s(self, kind: str, num_seqs: int, kv_tokens: int) -> float:
-        return self._costs.decode_us(kind, min(num_seqs, self._max_num_seqs), kv_tokens) / SECOND
 
     def _wait_us(self, worker: SimWorker, model: ModelName, work: Work, now_us: int) -> int:
         if model == worker.weights.active:
@@ -264,8 +242,8 @@ class TokenLevel(Simulation[SimWorker]):
         """Of the model's next prefill step: the earliest due first."""
         if not work.prompts:
             return []
-        line = sorted(work.prompts, key=lambda prompt: (self._due_s(prompt.one), prompt.one.request.request_id))
-        views = (_prompt_view(i, prompt) for i, prompt in enumerate(line))
+        line = sorted(work.prompts, key=lambda prompt: (self._views.due_s(prompt.one), prompt.one.request.request_id))
+        views = (prompt_view(i, prompt) for i, prompt in enumerate(line))
         return [(line[int(chunk.sequence_id)], chunk.num_tokens) for chunk in fill_step(views, self._max_prefill_tokens)]
 
     def _phase(self, work: Work, chunks: list[tuple[Prompt, int]], now_us: int) -> Phase:
@@ -273,23 +251,10 @@ class TokenLevel(Simulation[SimWorker]):
         if not work.running:
             work.passed_over.clear()
             return Phase.PREFILL
-        prefill_s = self._costs.prefill_us(work.kind, [n for _, n in chunks], [prompt.num_done for prompt, _ in chunks]) / SECOND
-        num_last = sum(prompt.num_left == n for prompt, n in chunks)
-        prompts = [prompt.one for prompt in work.prompts]
-        decode_s = self._decode_s(work.kind, len(work.running), work.kv_tokens)
-        views = {
-            Phase.PREFILL: self._work_view(prompts, prefill_s, max(1, num_last), work.passed_over[Phase.PREFILL], now_us),
-            Phase.DECODE: self._work_view(work.running, decode_s, len(work.running), work.passed_over[Phase.DECODE], now_us),
-        }
-        phase = next_phase(PhaseView(now_s=now_us / SECOND, prefill=views[Phase.PREFILL], decode=views[Phase.DECODE]))
+        phase = next_phase(self._views.phases(work, chunks, now_us))
         other = Phase.DECODE if phase is Phase.PREFILL else Phase.PREFILL
         work.passed_over[phase], work.passed_over[other] = 0, work.passed_over[other] + 1
         return phase
-
-    def _work_view(self, of: Sequence[Progress], step_s: float, num_tokens: int, num_passed_over: int, now_us: int) -> WorkView:
-        ready_s = now_us / SECOND + step_s
-        due_at_s = min((due_s for one in of if (due_s := self._due_s(one)) >= ready_s), default=math.inf)
-        return WorkView(due_at_s=due_at_s, step_s=step_s, switch_s=0.0, num_tokens=num_tokens, num_passed_over=num_passed_over)
 
     def _interrupt(self, worker: SimWorker) -> None:
         """News: only the step under way is sure to be taken."""
@@ -385,13 +350,3 @@ class TokenLevel(Simulation[SimWorker]):
         worker.began_us = max(now_us, began_us + later_us)
         self._note(worker.number, SWITCH, worker.turn.model, began_us, worker.began_us)
         self._at(worker.ends_us[-1], worker)
-
-
-def _prompt_view(number: int, prompt: Prompt) -> PromptView:
-    return PromptView(
-        sequence_id=SequenceId(str(number)),
-        model=ModelName(prompt.one.request.model),
-        order=number,
-        num_tokens=prompt.num_tokens,
-        num_done=prompt.num_done,
-    )
