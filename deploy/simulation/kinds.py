@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,17 +49,18 @@ def _whole(where: str, key: str, value: Any) -> int:
 
 
 def _positive(where: str, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"{where}.{key}={value!r} must be a number above 0", param=f"{where}.{key}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}.{key}={value!r} must be a finite number above 0", param=f"{where}.{key}")
     return float(value)
 
 
 def _three(where: str, key: str, value: Any) -> tuple[float, float, float]:
     """YAML reads 1e-3 as text."""
+    wrong = ConfigError(f"{where}.{key}={value!r} must be three finite numbers of seconds, the first above 0", param=f"{where}.{key}")
     try:
         one, two, three = (float(number) for number in value)
     except (TypeError, ValueError):
-        one = two = three = -1.0
-    if min(one, two, three) < 0 or not one:
-        raise ConfigError(f"{where}.{key}={value!r} must be three numbers of seconds, the first above 0", param=f"{where}.{key}")
+        raise wrong from None
+    if not one > 0 or not all(0 <= number < math.inf for number in (one, two, three)):
+        raise wrong
     return one, two, three

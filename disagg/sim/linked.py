@@ -38,6 +38,7 @@ class LinkedSwitcher(PhysicalSwitcher):
     def prefetch(self, model: ModelName, now_us: int, wanted: Collection[ModelName]) -> int | None:
         if self._coming:  # whoever is told of its end asks again
             return None
+        # by name, here and below: a dataclass with slots is another class than super() would look for
         return PhysicalSwitcher.prefetch(self, model, now_us, wanted)
 
     def copied_us(self, copy_us: int, now_us: int) -> int:

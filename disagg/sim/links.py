@@ -27,7 +27,7 @@ class Channel:
     name: str
     bytes_per_s: int
     flows: dict[Flow, None] = field(default_factory=dict)  # in the order in which they began
-    carried: dict[str, int] = field(default_factory=dict)  # bytes by kind of traffic
+    carried_bytes: int = 0
     busy_us: int = 0
     busy_since_us: int = 0
 
@@ -48,7 +48,6 @@ class Flow:
     bytes_per_s: int = 0
     ends_us: int = NEVER
     is_done: bool = False
-    is_cancelled: bool = False
     pieces: list[tuple[int, int]] = field(default_factory=list)  # (at_us, millionths of a byte left), where the rate changed
     _left: int = 0  # millionths of a byte at `_as_of_us`
     _as_of_us: int = 0
@@ -104,7 +103,7 @@ class Links:
         if flow.is_done:
             return
         flow._left = flow.left_at(now_us)
-        flow.is_done = flow.is_cancelled = True
+        flow.is_done = True
         self._leave(flow, now_us)
 
     def _leave(self, flow: Flow, now_us: int) -> None:
@@ -112,7 +111,7 @@ class Links:
         self.carried[flow.kind] = self.carried.get(flow.kind, 0) + nbytes
         for channel in flow.path:
             del channel.flows[flow]
-            channel.carried[flow.kind] = channel.carried.get(flow.kind, 0) + nbytes
+            channel.carried_bytes += nbytes
             if not channel.flows:
                 channel.busy_us += now_us - channel.busy_since_us
         self._share(flow.path, now_us)
@@ -184,8 +183,8 @@ def pipelined_end_us(flow: Flow, began_us: int, took_us: int, num_layers: int, t
     end_us = began_us + took_us
     total = flow.nbytes * SECOND
     for (at_us, left), (next_us, next_left) in zip(flow.pieces, flow.pieces[1:], strict=False):
-        first = (total - left) * num_layers // max(total, 1) + 1
-        last = (total - next_left) * num_layers // max(total, 1) if total else num_layers
+        first = (total - left) * num_layers // total + 1
+        last = (total - next_left) * num_layers // total
         for layer in {first, last} if first <= last else ():
             needed = max(0, layer * total // num_layers - (total - left))
             arrived_us = at_us - (-needed * (next_us - at_us) // max(left - next_left, 1))

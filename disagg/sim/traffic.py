@@ -103,8 +103,8 @@ def _group(channel: Channel) -> str:
 
 
 def _use(channel: Channel, ended_us: int) -> LinkUse:
-    carried = sum(channel.carried.values())
-    return LinkUse(name=channel.name, busy=channel.busy_us / ended_us, used=carried * SECOND / channel.bytes_per_s / ended_us)
+    used = channel.carried_bytes * SECOND / channel.bytes_per_s / ended_us
+    return LinkUse(name=channel.name, busy=channel.busy_us / ended_us, used=used)
 
 
 def _percent(use: LinkUse) -> dict[str, Any]:

@@ -252,7 +252,9 @@ def test_an_instance_of_several_gpus_has_their_memory_and_links(tmp_path: Path) 
         (TWO_SIZES.replace("  qwen2.5-7b:\n", "") + "hosts: {gpus: 6}", "hosts.gpus=6 is no multiple of 4"),
         (TWO_SIZES.replace("layers: 80, ", ""), r"kinds.big needs gpus, weight_gib.*look at \['layers'\]"),
         (TWO_SIZES.replace("layers: 80", "layers: 0"), "kinds.big.layers=0 must be a whole number"),
-        (TWO_SIZES.replace("[1.0e-2, 4.0e-5, 0]", "[0, 0]"), "kinds.big.prefill=.* must be three numbers of seconds"),
+        (TWO_SIZES.replace("[1.0e-2, 4.0e-5, 0]", "[0, 0]"), "kinds.big.prefill=.* must be three finite numbers of seconds"),
+        (TWO_SIZES.replace("[1.0e-2, 4.0e-5, 0]", "[1.0e-2, .nan, 0]"), "kinds.big.prefill=.* must be three finite numbers of seconds"),
+        (TWO_SIZES.replace("weight_gib: 134", "weight_gib: .inf"), "kinds.big.weight_gib=inf must be a finite number above 0"),
         ("kinds: {small: }", "kinds small have no physical costs"),
     ):
         cluster.write_text(text)
