@@ -106,7 +106,8 @@ def run(command: Sequence[str], deadline_s: float, log: Path) -> Ended:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # inside a driver that hangs it may outlive the kill
+                process.wait(GRACE_S)
     return Ended(status=status, seconds=time.monotonic() - began, output=log.read_text(errors="replace"))
 
 

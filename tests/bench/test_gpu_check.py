@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,20 @@ def test_a_deadline_ends_a_process_and_what_it_started(tmp_path: Path) -> None:
     assert time.monotonic() - began < 2.0 + 2 * gpu_jobs.GRACE_S
     status = Path(f"/proc/{ended.output.split()[0]}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_process_that_no_signal_ends_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one inside a driver that hangs."""
+    groups: list[int] = []
+    kill = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda group, number: groups.append(group))
+    monkeypatch.setattr(gpu_jobs, "GRACE_S", 0.2)
+    try:
+        with pytest.warns(ResourceWarning, match="is still running"):
+            ended = gpu_jobs.run((sys.executable, "-c", "import time; time.sleep(20)"), 0.5, tmp_path / "log")
+    finally:
+        kill(groups[0], signal.SIGKILL)
+    assert ended.status is None and ended.seconds < 10
 
 
 def run_file(tmp_path: Path, text: str, deadline_s: float = 60.0) -> FileResult:
