@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import mmap
 import threading
 from collections.abc import Iterator
@@ -99,8 +100,8 @@ class PinnedMaps:
             return sum(len(chunk) for found in self._maps.values() for chunk in found.chunks.values())
 
     def _first(self, found: _Map) -> int:
-        """Where the first chunk would begin: where the first page does. Smaller chunks, which only tests have, begin with the map."""
-        return found.begin - found.begin % mmap.PAGESIZE if self._chunk_bytes % mmap.PAGESIZE == 0 else found.begin
+        """Where the first chunk would begin: where the first page does, or a part of it that divides the chunks."""
+        return found.begin - found.begin % math.gcd(self._chunk_bytes, mmap.PAGESIZE)
 
     def _use(self, owner: object, begin: int, nbytes: int, *, read_only: bool) -> int:
         with self._lock:

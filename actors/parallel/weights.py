@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ from polymux.transport.messages import ModelSpec
 from polymux.transport.rank_messages import RankMemory
 from polymux.transport.region import Region
 
+T = TypeVar("T")
+
 
 class RankTarget:
     """Rank 0's own target, with the offset that is the same on every rank."""
@@ -41,27 +43,16 @@ class RankTarget:
         self.order, self.settle = inner.order, inner.settle
 
 
-class _Checked:
-    """Values that count if no rank was lost meanwhile: a device is then let go with anything in hand."""
+class _Checked(Generic[T]):
+    """What a wait brings counts if no rank was lost meanwhile: a device is then let go with anything in hand."""
 
-    def __init__(self, inner: Download, ranks: Ranks) -> None:
-        self._inner, self._ranks = inner, ranks
+    def __init__(self, wait: Callable[[], T], ranks: Ranks) -> None:
+        self._wait, self._ranks = wait, ranks
 
-    def wait(self) -> tuple[Tensor, ...]:
-        values = self._inner.wait()
+    def wait(self) -> T:
+        found = self._wait()
         self._ranks.check()
-        return values
-
-
-class _CheckedMark:
-    """The same of a point in the queue."""
-
-    def __init__(self, inner: Mark, ranks: Ranks) -> None:
-        self._inner, self._ranks = inner, ranks
-
-    def wait(self) -> None:
-        self._inner.wait()
-        self._ranks.check()
+        return found
 
 
 class RankDevice:
@@ -122,10 +113,10 @@ class RankDevice:
         return self._inner.upload(values)
 
     def download(self, *values: Tensor) -> Download:
-        return _Checked(self._inner.download(*values), self._ranks)
+        return _Checked(self._inner.download(*values).wait, self._ranks)
 
     def mark(self) -> Mark:
-        return _CheckedMark(self._inner.mark(), self._ranks)
+        return _Checked(self._inner.mark().wait, self._ranks)
 
     def lend(self, region: Region) -> RankMemory | None:
         return self._inner.lend(region)

@@ -116,18 +116,17 @@ class StepPlanner:
         Addresses and grids depend on `num_rows` and the windows alone where it is given and each span is one token.
         """
         batch = Batch.of(spans, self.shape.block_size)
-        num_tokens, padded = len(batch.positions), num_rows
-        num_rows = num_tokens if num_rows is None else num_rows
-        assert num_tokens <= num_rows, f"{num_tokens} tokens in {num_rows} rows"
-        count = put(staging, np.array([num_tokens], np.int32))
-        positions = put(staging, padded_words(batch.positions, num_rows))
-        slots = put(staging, padded_words(batch.slots, num_rows))
-        staged = {window: self._attention.stage(batch, window, padded, staging) for window in dict.fromkeys(windows)}
+        num_padded = batch.num_tokens if num_rows is None else num_rows
+        assert batch.num_tokens <= num_padded, f"{batch.num_tokens} tokens in {num_padded} rows"
+        count = put(staging, np.array([batch.num_tokens], np.int32))
+        positions = put(staging, padded_words(batch.positions, num_padded))
+        slots = put(staging, padded_words(batch.slots, num_padded))
+        staged = {window: self._attention.stage(batch, window, num_rows, staging) for window in dict.fromkeys(windows)}
         block_ids = put(staging, batch.block_ids)
         staging.send()
         return StepPlan(
             spans=batch.spans,
-            num_rows=num_rows,
+            num_rows=num_padded,
             max_position=int(batch.positions.max(initial=0)),
             num_tokens=count,
             positions=positions,
