@@ -20,6 +20,7 @@ from polymux.actors.device import DEVICES, CpuDevice, Device
 from polymux.actors.drawn import Ask, Drawn, Known, draw_later
 from polymux.actors.kv_blocks import BlockManager, BlockPool, kv_view
 from polymux.actors.model_runner import ForwardBatch, Model, ModelRunner, SequenceSlice, plan_on
+from polymux.actors.models.decoder import OnLayer
 from polymux.actors.parallel.leader import Ranks
 from polymux.actors.parallel.weights import RankDevice, RankLoader
 from polymux.actors.prefix_cache import PrefixCache
@@ -147,7 +148,7 @@ class Engine:
         """
         return model is not None and model in self.specs and self.residency.prefetch(self.specs[model], wanted=wanted)
 
-    def forward(self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
+    def forward(self, batch: ForwardBatch, on_layer: OnLayer = None) -> Tensor:
         """Step the active model: fp32 logits [R, vocab]. Layers still on their way are waited for one by one.
 
         Raises PolymuxError when no model is active, and what a load under way met; the model before is active again then.
@@ -157,7 +158,7 @@ class Engine:
             return model.forward(batch, on_layer, before_layer)
         return self._ranks.step(active, batch, lambda: model.forward(batch, on_layer, before_layer))
 
-    def _ready(self) -> tuple[ModelName, Model, Callable[[int], None] | None]:
+    def _ready(self) -> tuple[ModelName, Model, OnLayer]:
         """The active model, and what to call before each of its layers while some are on their way."""
         active, self.stalled_s = self.residency.active, 0.0
         if active is None:
@@ -180,7 +181,7 @@ class Engine:
                 if source != target:
                     kv[target, layers.start : layers.stop] = kv[source, layers.start : layers.stop]
 
-    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], on_layer: Callable[[int], None] | None = None) -> Drawn:
+    def decode(self, batch: ForwardBatch, asks: Sequence[Ask], on_layer: OnLayer = None) -> Drawn:
         """Step the active model, and draw a token for each row of its logits. Raises as `forward`.
 
         Where the device is asynchronous nothing was waited for but weights: the next step may take these tokens before they are read.
@@ -243,7 +244,7 @@ class Engine:
     def close(self) -> None:
         if self._ranks is not None:
             if self._ranks.lost is None:
-                with suppress(RankLost):  # only now
+                with suppress(RankLost):  # one that is found out only now
                     self.device.mark().wait()  # what is in the queue may still be at the other ranks' memory
             self._ranks.close()
         self.residency.close()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from polymux.actors.models.config import ArchConfig
-from polymux.actors.models.decoder import INVARIANT_ROWS, Decoder, ModelWeights, Step
+from polymux.actors.models.decoder import INVARIANT_ROWS, Decoder, ModelWeights, OnLayer, Step
 from polymux.actors.parallel.collectives import Collectives
 from polymux.actors.parallel.rank_decoder import RankDecoder
 from polymux.actors.parallel.shards import rank_config
@@ -75,20 +75,14 @@ OnLaunch = Callable[[str | None], None]  # told which of the graphs of so many r
 class Model(Protocol):
     """Weights, in place, that steps can be run by."""
 
-    def forward(
-        self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None, before_layer: Callable[[int], None] | None = None
-    ) -> Tensor:
+    def forward(self, batch: ForwardBatch, on_layer: OnLayer = None, before_layer: OnLayer = None) -> Tensor:
         """fp32 logits [R, vocab]; `on_layer(i)` is called once layer i's K and V of this batch are in the cache.
 
         `before_layer(i)` is called before layer i's weights are read; with num_layers before the last norm's and the head's.
         """
 
     def decode(
-        self,
-        batch: ForwardBatch,
-        asks: Sequence[Ask],
-        before_layer: Callable[[int], None] | None = None,
-        on_launch: OnLaunch | None = None,
+        self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: OnLayer = None, on_launch: OnLaunch | None = None
     ) -> Drawn | None:
         """A step of one token of each sequence that draws the next ones itself; None where it does not: draw from `forward`'s logits.
 
@@ -100,7 +94,7 @@ class Model(Protocol):
 class Following(Protocol):
     """A model whose decode steps another rank draws."""
 
-    def follow(self, slices: Sequence[SequenceSlice], graph: str | None, before_layer: Callable[[int], None] | None = None) -> None:
+    def follow(self, slices: Sequence[SequenceSlice], graph: str | None, before_layer: OnLayer = None) -> None:
         """This rank's part of `decode`; `graph` is what `on_launch` was told."""
 
 
@@ -199,9 +193,7 @@ class BoundModel:
         self._few_rows = skeleton.few_rows(weights, cache)
         self._planner = Planner(cache.shape, cache.kv.element_size(), device, skeleton.batch_invariant)
 
-    def forward(
-        self, batch: ForwardBatch, on_layer: Callable[[int], None] | None = None, before_layer: Callable[[int], None] | None = None
-    ) -> Tensor:
+    def forward(self, batch: ForwardBatch, on_layer: OnLayer = None, before_layer: OnLayer = None) -> Tensor:
         few_rows, slices = self._few_rows, batch.slices
         if batch.carried is not None:
             batch = replace(batch, token_ids=batch.carried.into(batch.token_ids), carried=None)
@@ -212,11 +204,7 @@ class BoundModel:
             return self._skeleton.forward(self._weights, self._cache, self._step(batch), on_layer, before_layer)
 
     def decode(
-        self,
-        batch: ForwardBatch,
-        asks: Sequence[Ask],
-        before_layer: Callable[[int], None] | None = None,
-        on_launch: OnLaunch | None = None,
+        self, batch: ForwardBatch, asks: Sequence[Ask], before_layer: OnLayer = None, on_launch: OnLaunch | None = None
     ) -> Drawn | None:
         return None
 

@@ -18,14 +18,13 @@ from polymux.actors.drawn import Ask, Drawn, Later, draw_later
 from polymux.actors.gpu.frames import Frame, FrameSettings, padded_rows
 from polymux.actors.gpu.graphs import Graphs
 from polymux.actors.model_runner import ForwardBatch, OnLaunch, SequenceSlice
-from polymux.actors.models.decoder import Decoder, ModelWeights, PlannedStep
+from polymux.actors.models.decoder import Decoder, ModelWeights, OnLayer, PlannedStep
 from polymux.kernels.choice import choices, implementation
-from polymux.kernels.gpu.plan import Workspace
+from polymux.kernels.gpu.plan import StepPlan, Workspace
 from polymux.kernels.ops import PagedCache
 from polymux.kernels.row_sampling import Picks, RowPick, pack_picks
 from polymux.transport.errors import ConfigError
 
-OnLayer = Callable[[int], None] | None
 NOBODY = RowPick()  # a padding row's
 
 
@@ -98,7 +97,7 @@ class PlannedModel:
         with torch.inference_mode():
             frame.decode.begin()
             plan = frame.planner.plan(slices, frame.windows, frame.decode, num_rows)
-            self._launch(num_rows, partial(self._compute_share, PlannedStep(frame.feed[:num_rows], plan, None), before_layer), graph)
+            self._launch(num_rows, partial(self._compute_share, plan, before_layer), graph)
 
     def _launch(self, num_rows: int, work: Callable[[], None], graph: str | None, on_launch: OnLaunch | None = None) -> None:
         if on_launch is not None:
@@ -131,7 +130,7 @@ class PlannedModel:
         staged_words[:] = pick_words
         plan = frame.planner.plan(slices, frame.windows, frame.decode, num_rows)
         picks = Picks.of(staged_picks, draws=draws, filters=filters) if draws_inside else None
-        work = partial(self._compute, token_ids, sources, PlannedStep(token_ids, plan, None), picks, before_layer)
+        work = partial(self._compute, token_ids, sources, plan, picks, before_layer)
         kind = f"{'draw' if draws else 'greedy'}{' filtered' if filters else ''}"
         return num_rows, work, kind if draws_inside else "logits"
 
@@ -140,11 +139,11 @@ class PlannedModel:
         if ids.data_ptr() != self._frame.feed.data_ptr():
             self._frame.feed[: len(ids)].copy_(ids)
 
-    def _compute(self, token_ids: Tensor, sources: Tensor, step: PlannedStep, picks: Picks | None, before_layer: OnLayer) -> None:
+    def _compute(self, token_ids: Tensor, sources: Tensor, plan: StepPlan, picks: Picks | None, before_layer: OnLayer) -> None:
         frame, num_rows = self._frame, len(token_ids)
         frame.feed[frame.num_rows : frame.num_rows + num_rows].copy_(token_ids)
         fed = self._skeleton.agreed(frame.feed.index_select(0, sources))
-        logits = self._skeleton.forward(self._weights, self._cache, PlannedStep(fed, step.plan, None), None, before_layer)
+        logits = self._skeleton.forward(self._weights, self._cache, PlannedStep(fed, plan, None), None, before_layer)
         if picks is None:
             frame.logits[:num_rows].copy_(logits)
             return
@@ -153,9 +152,9 @@ class PlannedModel:
         frame.results[:num_rows].copy_(ids)
         frame.results[num_rows : 2 * num_rows].copy_(is_finite)
 
-    def _compute_share(self, step: PlannedStep, before_layer: OnLayer) -> None:
-        fed = self._skeleton.agreed(step.token_ids)
-        self._skeleton.forward(self._weights, self._cache, PlannedStep(fed, step.plan, None), None, before_layer)
+    def _compute_share(self, plan: StepPlan, before_layer: OnLayer) -> None:
+        fed = self._skeleton.agreed(self._frame.feed[: plan.num_rows])
+        self._skeleton.forward(self._weights, self._cache, PlannedStep(fed, plan, None), None, before_layer)
 
 
 def _wanted_rows(batch: ForwardBatch) -> np.ndarray[tuple[int], np.dtype[np.int64]] | list[int] | None:

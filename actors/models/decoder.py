@@ -102,8 +102,8 @@ class Decoder:
         weights: ModelWeights,
         cache: ops.PagedCache,
         step: Step | PlannedStep,
-        on_layer: Callable[[int], None] | None,
-        before_layer: Callable[[int], None] | None = None,
+        on_layer: OnLayer,
+        before_layer: OnLayer = None,
     ) -> Tensor:
         """Logits [R, V] fp32; the K and V of the step's tokens are in the cache afterwards.
 
@@ -194,8 +194,8 @@ class Decoder:
         few_rows: FewRows,
         token_ids: Tensor,
         spans: Sequence[Span],
-        on_layer: Callable[[int], None] | None,
-        before_layer: Callable[[int], None] | None = None,
+        on_layer: OnLayer,
+        before_layer: OnLayer = None,
     ) -> Tensor:
         """As `forward` for one token of each sequence, as many as `few_rows` takes: every row's logits."""
         lengths = [span.context_len for span in spans]

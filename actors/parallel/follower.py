@@ -12,7 +12,6 @@ import select
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -22,6 +21,7 @@ import torch
 from polymux.actors.device import Device, open_device
 from polymux.actors.kv_blocks import kv_view
 from polymux.actors.model_runner import Following, ForwardBatch, Model, ModelRunner, SequenceSlice, plan_on
+from polymux.actors.models.decoder import OnLayer
 from polymux.actors.parallel.channel import RankChannel
 from polymux.actors.parallel.collectives import Meeting
 from polymux.actors.store_client import StoreClient
@@ -178,7 +178,7 @@ def _await(load: Load, num_groups: int | None) -> None:
     load.order(num_groups)
 
 
-def _before_layer(load: Load) -> Callable[[int], None] | None:
+def _before_layer(load: Load) -> OnLayer:
     """What to call before each layer while some are on their way."""
     if load.is_finished:
         return None

@@ -7,13 +7,11 @@ that has the row, and the head's logits are gathered to rank 0, where sampling i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from polymux.actors.models.config import ArchConfig
-from polymux.actors.models.decoder import Decoder, LayerWeights, ModelWeights, PlannedStep, State, Step
+from polymux.actors.models.decoder import Decoder, LayerWeights, ModelWeights, OnLayer, PlannedStep, State, Step
 from polymux.actors.parallel.collectives import Collectives
 from polymux.actors.parallel.shards import rank_config, whole_rows
 from polymux.kernels import ops
@@ -30,7 +28,7 @@ class RankDecoder(Decoder):
         self._collectives = collectives
         self.vocab_size = config.vocab_size
         self._first_row = collectives.rank * self.config.vocab_size  # of the vocabulary, here
-        self._on_layer: Callable[[int], None] | None = None
+        self._on_layer: OnLayer = None
         self._written: int | None = None  # the layer whose K and V are written here, and perhaps not yet on the other ranks
 
     def forward(
@@ -38,8 +36,8 @@ class RankDecoder(Decoder):
         weights: ModelWeights,
         cache: ops.PagedCache,
         step: Step | PlannedStep,
-        on_layer: Callable[[int], None] | None,
-        before_layer: Callable[[int], None] | None = None,
+        on_layer: OnLayer,
+        before_layer: OnLayer = None,
     ) -> Tensor:
         """As the base class's; logits on rank 0 only. `on_layer(i)` comes once layer i's K and V are in the cache of every rank."""
         self._on_layer, self._written = on_layer, None
