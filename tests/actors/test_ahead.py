@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from late_device import LateDevice
 from planned_batches import KINDS, SAMPLED
-from test_swap import asks_of, tight_bytes
+from swaps import asks_of, tight_bytes
 from worker_pair import GREEDY, NAMES, prompt_of, running_pair
 
 from polymux.transport.messages import Cancel
@@ -65,7 +65,7 @@ async def test_logprobs_are_the_same_as_without(late: list[LateDevice], monkeypa
 async def test_answers_are_the_same_when_memory_is_short(host_kv_bytes: int, late: list[LateDevice]) -> None:
     async with running_pair(batch_invariant=True) as roomy:
         asks = [(spec, prompt, replace(sampling, max_tokens=40)) for spec, prompt, sampling in asks_of(roomy)]
-        expected, kv_bytes = [await roomy.generate(*ask) for ask in asks], tight_bytes({**roomy.specs})
+        expected, kv_bytes = [await roomy.generate(*ask) for ask in asks], tight_bytes(roomy)
     async with running_pair(decode_kv_bytes=kv_bytes, batch_invariant=True, host_kv_bytes=host_kv_bytes) as tight:
         got = await asyncio.gather(*(tight.generate(*ask) for ask in asks))
         counters = dict(tight.decode.report().counters)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import stand_in
+from instances import answers, ending, kill, lost, pids
 from rank_gpus import PROGRAM, RankGpu
-from test_instance_swaps import counters, tight_bytes
-from test_instances import answers, ending, kill, lost, pids
-from worker_pair import GREEDY, NAMES, Pair, prompt_of, running_pair
+from swaps import tight_bytes
+from worker_pair import GREEDY, NAMES, Pair, counter, prompt_of, running_pair
 
 from polymux.actors import worker
 from polymux.actors.parallel.leader import Ranks
@@ -71,10 +71,10 @@ async def test_sequences_are_swapped_out_of_every_rank_and_back() -> None:
     async with on_gpus(ranks=(1, 2), batch_invariant=True) as roomy:
         asks = [(spec, prompt_of(spec, 40, i), GREEDY_LONG) for i, spec in enumerate([*roomy.specs.values()] * 3)]
         expected = await asyncio.gather(*(roomy.generate(*ask) for ask in asks))
-        kv_bytes = tight_bytes({**roomy.specs}, 2)
+        kv_bytes = tight_bytes(roomy, 2)
     async with on_gpus(ranks=(1, 2), batch_invariant=True, decode_kv_bytes=kv_bytes, host_kv_bytes=8 * MIB) as tight:
         assert await asyncio.gather(*(tight.generate(*ask) for ask in asks)) == expected
-        assert counters(tight)["swap_ins"] > 0
+        assert counter(tight.decode, "swap_ins") > 0
 
 
 async def test_a_rank_that_dies_ends_its_instance_and_leaves_the_other_s_blocks_whole() -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from host_tiers import tier_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_memories import RankMemories
-from test_host_tier import tier_of
+from rank_memories import NUM_BLOCKS, RankMemories, layouts, random_blocks
 from torch import Tensor
 
 from polymux.actors.copier import MAX_PIECE_BYTES
@@ -18,22 +18,9 @@ from polymux.actors.device import CpuDevice
 from polymux.actors.kv_blocks import kv_view
 from polymux.actors.parallel.host_blocks import shares
 from polymux.actors.parallel.weights import RankDevice
-from polymux.transport.head_slices import heads_of, sharded
+from polymux.transport.head_slices import heads_of
 from polymux.transport.messages import KVLayout
 from polymux.transport.region import Region
-
-NUM_BLOCKS = 12
-
-
-def layouts(num_heads: int, num_ranks: int) -> tuple[KVLayout, KVLayout]:
-    """Of one rank's share, and of the whole block."""
-    whole = KVLayout(num_layers=3, num_kv_heads=num_heads, head_dim=4, dtype="bfloat16")
-    return sharded(whole, num_ranks), whole
-
-
-def random_blocks(seed: int, whole: KVLayout) -> Tensor:
-    shape = (NUM_BLOCKS, whole.num_layers, 2, whole.num_kv_heads, whole.block_size, whole.head_dim)
-    return torch.randint(1, 1 << 14, shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
 
 
 def fill(arenas: Sequence[Tensor], layout: KVLayout, values: Tensor) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from host_tiers import tier_of, tier_over
 from torch import Tensor
 
 from polymux.actors.arena import Arena
@@ -16,7 +17,7 @@ from polymux.actors.host_tier import HostTier
 from polymux.actors.kv_blocks import BlockManager
 from polymux.actors.store_server import StoreServer
 from polymux.transport.errors import Cancelled, NoFreeBlocks, Overloaded, PolymuxError
-from polymux.transport.host_tier import OpenTier, SlabLeases, TierMemory
+from polymux.transport.host_tier import TierMemory
 from polymux.transport.messages import KVLayout
 from polymux.transport.region import Region
 from polymux.transport.units import KIB, MIB
@@ -25,15 +26,6 @@ TOKEN = "test-cluster-token-0123456789"
 SMALL = KVLayout(num_layers=2, num_kv_heads=1, head_dim=32, dtype="float32")  # 8 KiB
 ODD = KVLayout(num_layers=3, num_kv_heads=2, head_dim=96, dtype="bfloat16")  # 36 KiB: not a divisor of a slab
 HUGE = KVLayout(num_layers=40, num_kv_heads=8, head_dim=128, dtype="float32")
-
-
-def tier_over(memory: TierMemory) -> HostTier:
-    slab_bytes, fd = memory.open()
-    return HostTier(SlabLeases(OpenTier(fd, memory.nbytes, slab_bytes)))
-
-
-def tier_of(nbytes: int = 2 * MIB) -> HostTier:
-    return tier_over(TierMemory(nbytes, 128 * KIB))
 
 
 def arena_manager() -> BlockManager:

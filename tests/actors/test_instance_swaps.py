@@ -7,31 +7,21 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
-from test_instances import LONG, ending, kill, lost, pids
-from test_prefix_reuse import served
-from test_swap import Ask, asks_of
+from instances import LONG, ending, kill, lost, pids
+from swaps import asks_of, tight_bytes
 from torch import Tensor
-from worker_pair import GREEDY, NAMES, Pair, prompt_of, running_pair
+from worker_pair import GREEDY, NAMES, Ask, Pair, counter, prompt_of, running_pair, served
 
-from polymux.transport.messages import Cancel, ModelSpec
+from polymux.transport.messages import Cancel
 from polymux.transport.units import BLOCK_SIZE, KIB, MIB, SequenceId
 
 RANKS = (2, 4)  # four hold each head twice
 
 
-def counters(pair: Pair) -> dict[str, float]:
-    return dict(pair.decode.report().counters)
-
-
-def tight_bytes(specs: dict[str, ModelSpec], ranks: int) -> int:
-    """Of each rank: all prompts fit with a little to spare, their outputs do not."""
-    return 6 * 4 * max(spec.on_ranks(ranks).kv.block_bytes for spec in specs.values()) + 128 * KIB
-
-
 async def alone(ranks: int) -> tuple[list[list[int]], int]:
     """What the same instance says where nothing has to leave."""
     async with running_pair(ranks=(1, ranks), batch_invariant=True) as roomy:
-        return await together(roomy, asks_of(roomy)), tight_bytes({**roomy.specs}, ranks)
+        return await together(roomy, asks_of(roomy)), tight_bytes(roomy, ranks)
 
 
 async def together(pair: Pair, asks: list[Ask]) -> list[list[int]]:
@@ -43,7 +33,7 @@ async def test_answers_are_the_same_when_sequences_were_swapped_out_or_computed_
     expected, kv_bytes = await alone(ranks)
     async with running_pair(ranks=(1, ranks), decode_kv_bytes=kv_bytes, batch_invariant=True, host_kv_bytes=8 * MIB) as tight:
         assert await together(tight, asks_of(tight)) == expected
-        swapped, copier = counters(tight), tight.decode._copier
+        swapped, copier = dict(tight.decode.report().counters), tight.decode._copier
         assert copier is not None
         assert swapped["swap_outs"] > 0 and swapped["swap_in_bytes"] == swapped["swap_out_bytes"] > 0
         whole = {spec.kv.block_bytes for spec in tight.specs.values()}
@@ -59,7 +49,7 @@ async def test_answers_are_the_same_when_sequences_were_swapped_out_or_computed_
 
         copier._copy = unreliable  # type: ignore[assignment]
         assert await together(tight, asks_of(tight)) == expected
-        assert counters(tight)["swap_failures"] > 0
+        assert counter(tight.decode, "swap_failures") > 0
 
 
 @pytest.mark.parametrize("ranks", RANKS[-1:])
@@ -78,11 +68,11 @@ async def test_a_cached_prefix_that_left_every_rank_comes_back_from_the_host(ran
 
 async def test_an_instance_that_loses_a_rank_while_it_swaps_leaves_nothing_in_the_host_tier() -> None:
     async with running_pair() as roomy:
-        kv_bytes = tight_bytes({**roomy.specs}, 1) // 2
+        kv_bytes = tight_bytes(roomy) // 2
     async with running_pair(ranks=(1, 2), decode_kv_bytes=kv_bytes, host_kv_bytes=8 * MIB, rank_timeout_s=2.0) as pair:
         asks = [(spec, prompt, LONG) for spec, prompt, _ in asks_of(pair)]
         ids = [await pair.send(*ask) for ask in asks]
-        await pair.until(lambda: counters(pair).get("swap_outs", 0) > 0, deadline_s=30)
+        await pair.until(lambda: counter(pair.decode, "swap_outs") > 0, deadline_s=30)
         kill(pids(pair.decode)[0])
         for sequence_id in ids:
             last = await ending(pair, sequence_id)
@@ -92,11 +82,11 @@ async def test_an_instance_that_loses_a_rank_while_it_swaps_leaves_nothing_in_th
 
 async def test_sequences_that_are_cancelled_while_swapped_leave_nothing_behind() -> None:
     async with running_pair() as roomy:
-        kv_bytes = tight_bytes({**roomy.specs}, 1) // 2
+        kv_bytes = tight_bytes(roomy) // 2
     async with running_pair(ranks=(1, 2), decode_kv_bytes=kv_bytes, host_kv_bytes=8 * MIB) as tight:
         asks = [(spec, prompt, LONG) for spec, prompt, _ in asks_of(tight)]
         ids = [await tight.send(*ask) for ask in asks]
-        await tight.until(lambda: counters(tight).get("swap_outs", 0) > 0, deadline_s=30)
+        await tight.until(lambda: counter(tight.decode, "swap_outs") > 0, deadline_s=30)
         for sequence_id in ids:
             await tight.links[1].send(Cancel(sequence_id=SequenceId(sequence_id), reason="test"))
         await tight.check_whole()

@@ -6,37 +6,21 @@ And what becomes of them when a rank is killed or frozen: a typed error within t
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from instances import LONG, answers, ending, freeze, is_running, kill, lost, pids
 from test_moves import Client
-from worker_pair import GREEDY, NAMES, TOKEN, Pair, prompt_of, running_pair
+from worker_pair import GREEDY, NAMES, TOKEN, prompt_of, running_pair
 
 from polymux.actors.parallel.leader import Ranks, RankSettings, gpus_of_ranks
-from polymux.actors.worker import Worker
-from polymux.transport.errors import CheckpointError, ConfigError, RankLost, WorkerLost
+from polymux.transport.errors import CheckpointError, ConfigError, RankLost
 from polymux.transport.kv import KVSettings
-from polymux.transport.messages import SequenceUpdate, Shard
+from polymux.transport.messages import Shard
 from polymux.transport.units import ModelName
-
-LENGTHS = (5, 40, 93)
-LONG = replace(GREEDY, max_tokens=90)
-
-
-async def answers(pair: Pair) -> list[list[int]]:
-    """Greedy tokens of both models, the prompts of each together."""
-    found = []
-    for name in NAMES:
-        spec = pair.specs[name]
-        found += await asyncio.gather(*(pair.generate(spec, prompt_of(spec, length, i)) for i, length in enumerate(LENGTHS)))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -81,47 +65,6 @@ async def test_a_prompt_that_begins_like_another_is_cached_on_every_rank() -> No
         again = [await pair.send(spec, prompt_of(spec, 80), GREEDY, roles=here) for _ in range(3)]
         assert [(await pair.collect(one))[0] for one in again] == [first] * 3
         assert dict(pair.decode.report().counters)["prefix_cache_hits"] > 0
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-
-
-def freeze(pid: int) -> None:
-    os.kill(pid, signal.SIGSTOP)
-
-
-async def ending(pair: Pair, sequence_id: str) -> SequenceUpdate:
-    """The update that ends a sequence."""
-    async with asyncio.timeout(30):
-        while True:
-            update = await pair._received[sequence_id].get()
-            if update.error or update.finish_reason:
-                return update
-
-
-async def lost(worker: Worker, within_s: float) -> float:
-    """The seconds until its report says so."""
-    began_s = time.monotonic()
-    while time.monotonic() - began_s < within_s:
-        try:
-            worker.report()
-        except WorkerLost:
-            return time.monotonic() - began_s
-        await asyncio.sleep(0.02)
-    raise AssertionError("the instance did not notice")
-
-
-def pids(worker: Worker) -> tuple[int, ...]:
-    assert worker._ranks is not None
-    return worker._ranks.pids
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(("rank", "strike", "within_s"), [(1, kill, 1.5), (3, freeze, 6.0)])

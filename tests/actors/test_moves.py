@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from worker_pair import GREEDY, NAMES, TOKEN, Pair, prompt_of, running_pair
+from worker_pair import GREEDY, NAMES, TOKEN, Pair, counter, prompt_of, running_pair
 
 from polymux.actors.worker import Worker
 from polymux.transport.link import WorkerLink
@@ -85,10 +85,6 @@ class Client:
             due_in_s=10.0,
             handover=SequenceId(handover),
         )
-
-
-def counter(worker: Worker, name: str) -> float:
-    return dict(worker.report().counters).get(name, 0.0)
 
 
 @pytest.mark.parametrize("sampling", [LONG, SAMPLED], ids=["greedy", "sampled"])

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pytest
+from host_tiers import tier_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -17,7 +18,6 @@ from polymux.actors.prefix_cache import PrefixCache
 from polymux.disagg.cost import Roofline
 from polymux.disagg.reuse import REUSE_HALF_LIFE_S, Worth
 from polymux.transport.errors import NoFreeBlocks, OutOfMemory
-from polymux.transport.host_tier import OpenTier, SlabLeases, TierMemory
 from polymux.transport.messages import KVLayout, ModelSpec
 from polymux.transport.prefix import marks_of
 from polymux.transport.region import Region
@@ -60,9 +60,7 @@ class Workbench:
         self.names: dict[object, int] = {}
         self.tier: HostTier | None = None
         if host_bytes:
-            memory = TierMemory(host_bytes, 128 * KIB)
-            slab_bytes, fd = memory.open()
-            self.tier = HostTier(SlabLeases(OpenTier(fd, memory.nbytes, slab_bytes)))
+            self.tier = tier_of(host_bytes)
             self.cache.host = HostPrefixes(self.tier)
 
     def name(self, spec: ModelSpec, salt: str, tokens: Sequence[int]) -> float:

@@ -6,18 +6,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from worker_pair import GREEDY, NAMES, Pair, prompt_of, running_pair
+from worker_pair import GREEDY, NAMES, Ask, Pair, counter, prompt_of, running_pair, served
 
-from polymux.actors.worker import Worker
-from polymux.transport.messages import Cancel, ModelSpec, SamplingParams
+from polymux.transport.messages import Cancel, SamplingParams
 from polymux.transport.units import BLOCK_SIZE, KIB, MIB, SequenceId
 
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=3, ignore_eos=True, repetition_penalty=1.1)
-Ask = tuple[ModelSpec, list[int], SamplingParams]
-
-
-def counter(worker: Worker, name: str) -> float:
-    return dict(worker.report().counters).get(name, 0.0)
 
 
 def asks_of(pair: Pair) -> list[Ask]:
@@ -29,22 +23,6 @@ def asks_of(pair: Pair) -> list[Ask]:
             prompt[length - i :] = prompt_of(spec, i, salt=i)
             asks.append((spec, prompt, replace(SAMPLED, seed=i) if i % 2 else GREEDY))
     return asks
-
-
-async def served(pair: Pair, ask: Ask, roles: tuple[Worker, Worker] | None = None, cache_salt: str = "") -> tuple[list[int], int]:
-    """The tokens, and how many of the prompt's were cached."""
-    spec, prompt, sampling = ask
-    sequence_id = await pair.send(spec, prompt, sampling, roles=roles, cache_salt=cache_salt)
-    received, cached = pair._received[sequence_id], []
-    tokens: dict[int, int] = {}
-    async with asyncio.timeout(60):
-        while len(tokens) < sampling.max_tokens:
-            update = await received.get()
-            assert update.error is None, update.error
-            tokens.update({update.index + i: token for i, token in enumerate(update.token_ids)})
-            cached += [update.cached_tokens] if update.index == 0 else []
-    assert len(cached) == 1
-    return [tokens[i] for i in range(len(tokens))], cached[0]
 
 
 @pytest.fixture(scope="module")

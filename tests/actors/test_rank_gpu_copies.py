@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from late_runtime import LateRuntime, LateStream
-from rank_memories import RankMemories
-from test_host_blocks import NUM_BLOCKS, layouts, random_blocks
+from rank_memories import NUM_BLOCKS, RankMemories, layouts, random_blocks
 from torch import Tensor
 
 from polymux.actors.gpu.device import CudaDevice

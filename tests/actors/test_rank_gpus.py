@@ -17,9 +17,9 @@ import rank_gpus
 import stand_in
 import torch
 from backends import eventually
+from instances import is_running
 from planned_batches import KINDS, MODELS, NAMES, Batch, tokens_of
 from rank_gpus import PROGRAM, RankGpu
-from test_instances import is_running
 
 from polymux.actors.engine import Engine, EngineSettings
 from polymux.actors.kv_blocks import kv_view

@@ -8,34 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
+from swaps import asks_of, tight_bytes
 from torch import Tensor
-from worker_pair import GREEDY, NAMES, Pair, prompt_of, running_pair
+from worker_pair import running_pair
 
 from polymux.actors import copier
-from polymux.transport.messages import Cancel, ModelSpec, SamplingParams
+from polymux.transport.messages import Cancel
 from polymux.transport.units import KIB, MIB, SequenceId
-
-SAMPLED = SamplingParams(max_tokens=80, temperature=0.9, top_p=0.95, seed=7, ignore_eos=True, repetition_penalty=1.1)
-Ask = tuple[ModelSpec, list[int], SamplingParams]
-
-
-def asks_of(pair: Pair, count: int = 6) -> list[Ask]:
-    """Of two models, sampled and greedy."""
-    specs = [pair.specs[name] for name in NAMES]
-    return [
-        (specs[i % 2], prompt_of(specs[i % 2], 40, i), replace(SAMPLED, seed=i) if i % 3 else replace(GREEDY, max_tokens=80))
-        for i in range(count)
-    ]
-
-
-def tight_bytes(pair_or_specs: dict[str, ModelSpec]) -> int:
-    """All prompts of six asks fit with a little to spare; their outputs do not."""
-    return 6 * 4 * max(spec.kv.block_bytes for spec in pair_or_specs.values()) + 128 * KIB
 
 
 async def alone() -> tuple[list[list[int]], int]:
     async with running_pair(batch_invariant=True) as roomy:
-        return [await roomy.generate(*ask) for ask in asks_of(roomy)], tight_bytes({**roomy.specs})
+        return [await roomy.generate(*ask) for ask in asks_of(roomy)], tight_bytes(roomy)
 
 
 async def test_answers_are_the_same_when_sequences_were_swapped_out_in_the_middle() -> None:
@@ -93,7 +77,7 @@ async def test_a_sequence_whose_copy_failed_is_computed_again(monkeypatch: pytes
 @pytest.mark.parametrize("end", ["cancel", "client", "deadline"])
 async def test_sequences_that_end_while_swapped_leave_nothing_behind(end: str) -> None:
     async with running_pair() as roomy:
-        kv_bytes = tight_bytes({**roomy.specs})
+        kv_bytes = tight_bytes(roomy)
     async with running_pair(decode_kv_bytes=kv_bytes, host_kv_bytes=8 * MIB) as tight:
         asks = [(spec, prompt, replace(sampling, max_tokens=140)) for spec, prompt, sampling in asks_of(tight)]
         ids = [await tight.send(*ask, deadline_s=1.0 if end == "deadline" else 30.0) for ask in asks]

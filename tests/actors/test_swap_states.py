@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from host_tiers import tier_over
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,7 +18,6 @@ from torch import Tensor
 from polymux.actors.copier import Copied, CopyBlocks, OnDone
 from polymux.actors.decode import DecodeRole
 from polymux.actors.engine import Engine
-from polymux.actors.host_tier import HostTier
 from polymux.actors.kept import KeptSequences
 from polymux.actors.kv_blocks import kv_view
 from polymux.actors.meter import Meter
@@ -28,7 +28,7 @@ from polymux.actors.turns import Turns
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import Overloaded, PolymuxError
 from polymux.transport.head_slices import heads_of
-from polymux.transport.host_tier import OpenTier, SlabLeases, TierMemory
+from polymux.transport.host_tier import TierMemory
 from polymux.transport.messages import KVLayout
 from polymux.transport.units import KIB, ClientId, ModelName, SequenceId
 
@@ -127,8 +127,7 @@ class SwapMachine(RuleBasedStateMachine):
             for model, spec in self.engine.specs.items():
                 self.engine.specs[model] = replace(spec, kv=replace(spec.kv, num_kv_heads=2, num_ranks=num_ranks))
         self.memory = TierMemory(num_host_slabs * SLAB, SLAB)
-        slab_bytes, fd = self.memory.open()
-        self.tier = HostTier(SlabLeases(OpenTier(fd, self.memory.nbytes, slab_bytes)))
+        self.tier = tier_over(self.memory)
         self.grants, self.copier, meter = HeldGrants(self.engine), ManualCopier(self.copy_and_spoil), Meter()
         for spec in self.engine.specs.values():
             meter.add_model(spec)

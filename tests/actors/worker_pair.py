@@ -26,6 +26,7 @@ MODELS = Path(__file__).parent.parent.parent / "deploy" / "demo" / "models"
 TOKEN = "test-cluster-token-0123456789"
 NAMES = (ModelName("llama-small"), ModelName("qwen3-small"))
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+Ask = tuple[ModelSpec, list[int], SamplingParams]
 
 
 class Pair:
@@ -206,3 +207,23 @@ async def running_pair(
 
 def prompt_of(spec: ModelSpec, length: int, salt: int = 0) -> list[int]:
     return [(17 * i + 31 * salt + 5) % (spec.vocab_size - 16) + 8 for i in range(length)]
+
+
+def counter(worker: Worker, name: str) -> float:
+    return dict(worker.report().counters).get(name, 0.0)
+
+
+async def served(pair: Pair, ask: Ask, roles: tuple[Worker, Worker] | None = None, cache_salt: str = "") -> tuple[list[int], int]:
+    """The tokens, and how many of the prompt's were cached."""
+    spec, prompt, sampling = ask
+    sequence_id = await pair.send(spec, prompt, sampling, roles=roles, cache_salt=cache_salt)
+    received, cached = pair._received[sequence_id], []
+    tokens: dict[int, int] = {}
+    async with asyncio.timeout(60):
+        while len(tokens) < sampling.max_tokens:
+            update = await received.get()
+            assert update.error is None, update.error
+            tokens.update({update.index + i: token for i, token in enumerate(update.token_ids)})
+            cached += [update.cached_tokens] if update.index == 0 else []
+    assert len(cached) == 1
+    return [tokens[i] for i in range(len(tokens))], cached[0]
