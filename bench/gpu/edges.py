@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from gpu.harness import Target, copy_bytes_per_s, note
+from gpu.harness import Target, attempt, copy_bytes_per_s
 from polymux.transport.cuda.region import DeviceGrid, DeviceRegion, MappedRegion
 from polymux.transport.head_slices import heads_of, sharded
 from polymux.transport.kv import KVCommitted, KVEvent, KVFailed, KVQuiesced, KVSettings, KVSink, KVSource, OrderRef
@@ -271,27 +271,31 @@ def measure_backend(backend: str, rounds: int, handles: tuple[str, str] = ("", "
     return figures
 
 
-def measure_ranks() -> dict[str, float]:
+def by_cuda_ipc() -> dict[str, float]:
+    return _with_share(measure_backend("cuda_ipc", 20))
+
+
+def between_ranks() -> dict[str, float]:
     with other_process("memory") as (_, one), other_process("memory") as (_, other):
-        return measure_backend("cuda_ipc", 10, (one["handle"], other["handle"]))
+        return _with_share(measure_backend("cuda_ipc", 10, (one["handle"], other["handle"])))
+
+
+def by_nccl() -> dict[str, float]:
+    found = measure_backend("nccl", 3)
+    found["sockets_bytes_per_s"] = found.pop("bytes_per_s")
+    return found
+
+
+def _with_share(found: dict[str, float]) -> dict[str, float]:
+    return found | {"share_of_copy_bandwidth": 2 * found["bytes_per_s"] / copy_bytes_per_s()}
 
 
 def measure(budget_s: float) -> dict[str, float]:
-    """Both backends, and instances, in turn; what does not work is noted, and leaves its figures out."""
+    """Both backends, and instances, in turn; what fails leaves its figures out."""
     os.environ.update(SOCKETS | {"NCCL_HOSTID": "polymux-sink"})
     figures: dict[str, float] = {}
-    parts = {"cuda_ipc": lambda: measure_backend("cuda_ipc", 20), "ranks": measure_ranks, "nccl": lambda: measure_backend("nccl", 3)}
-    for name, take in parts.items():
-        try:
-            found = take()
-        except Exception as error:
-            note(f"edges.{name}: {type(error).__name__}: {error}")
-            continue
-        figures |= {f"edges.{name}.{figure}": value for figure, value in found.items()}
-        if name == "nccl":
-            figures["edges.nccl.sockets_bytes_per_s"] = figures.pop("edges.nccl.bytes_per_s")
-        else:
-            figures[f"edges.{name}.share_of_copy_bandwidth"] = 2 * found["bytes_per_s"] / copy_bytes_per_s()
+    for name, take in (("cuda_ipc", by_cuda_ipc), ("ranks", between_ranks), ("nccl", by_nccl)):
+        figures |= {f"edges.{name}.{figure}": value for figure, value in attempt(f"edges.{name}", take).items()}
     return figures
 
 

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from gpu.edges import SOCKETS
-from gpu.harness import Target, note
+from gpu.harness import Target, attempt, note
 from polymux.actors.parallel.collectives import Meeting
 from polymux.actors.parallel.nccl_collectives import NcclCollectives, join_by_nccl
 from polymux.transport.errors import RankLost
@@ -94,6 +95,7 @@ def join(unique_id: bytes, rank: int) -> NcclCollectives:
 
 def death(ranks: NcclCollectives, process: subprocess.Popen[bytes]) -> float:
     """Seconds beyond the deadline until the host that waits for a sum has a typed error."""
+    torch.cuda.synchronize()
     process.kill()
     process.wait(10)
     began_s = time.perf_counter()
@@ -109,9 +111,10 @@ def death(ranks: NcclCollectives, process: subprocess.Popen[bytes]) -> float:
 
 def measure(budget_s: float) -> dict[str, float]:
     is_alone = torch.cuda.device_count() > 1
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
-    environment = {"CUDA_VISIBLE_DEVICES": visible.split(",")[1]} if is_alone else {}
-    if not is_alone:
+    if is_alone:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
+        environment = {"CUDA_VISIBLE_DEVICES": visible.split(",")[1]}
+    else:
         os.environ.update(SOCKETS | {"NCCL_HOSTID": "polymux-rank-0"})
         environment = {"NCCL_HOSTID": "polymux-rank-1"}
         note("ranks: one GPU here, so its two ranks sum over sockets, and the figures of two GPUs are left out")
@@ -121,9 +124,9 @@ def measure(budget_s: float) -> dict[str, float]:
         try:
             began_s = time.perf_counter()
             ranks = join(unique_id, 0)
-            figures = {"ranks.join_s": time.perf_counter() - began_s} | sums(ranks, is_alone=is_alone)
-            torch.cuda.synchronize()
-            figures["ranks.death_s"] = death(ranks, process)
+            figures = {"ranks.join_s": time.perf_counter() - began_s}
+            figures |= attempt("ranks.sums", partial(sums, ranks, is_alone=is_alone))
+            figures |= attempt("ranks.death", lambda: {"ranks.death_s": death(ranks, process)})
         finally:
             process.kill()
     return figures

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -18,23 +18,18 @@ import stand_in
 import torch
 from backends import eventually
 from instances import is_running
-from planned_batches import KINDS, MODELS, NAMES, Batch, tokens_of
+from planned_batches import KINDS, NAMES, Batch, tokens_of
 from rank_gpus import PROGRAM, RankGpu
 
-from polymux.actors.engine import Engine, EngineSettings
+from polymux.actors.engine import Engine
 from polymux.actors.kv_blocks import kv_view
 from polymux.actors.model_runner import ForwardBatch, SequenceSlice
-from polymux.actors.parallel.leader import Ranks, RankSettings
-from polymux.actors.store_client import StoreClient
-from polymux.actors.store_server import StoreServer
-from polymux.actors.weight_store import ModelSource
 from polymux.kernels import choice
 from polymux.transport.errors import RankLost
-from polymux.transport.messages import ModelSpec, Shard
-from polymux.transport.units import KIB, MIB, ModelName
+from polymux.transport.messages import ModelSpec
+from polymux.transport.units import ModelName
 
-TOKEN = "test-cluster-token-0123456789"
-DEGREES = (1, 2, 4)
+from .rank_engines import RankStore, rank_engine
 
 pytestmark = pytest.mark.skipif(stand_in.compiler() is None, reason="no C compiler for the GPU's stand-in")
 
@@ -45,55 +40,18 @@ def plain_kernels() -> Iterator[None]:
         yield
 
 
-class Store:
-    def __init__(self) -> None:
-        self.server = StoreServer(budget_bytes=64 * MIB, layout="plain", token=TOKEN, kv_bytes=0)
-        self.specs = {
-            name: self.server.register(
-                ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192, degrees=DEGREES)
-            )
-            for name in NAMES
-        }
-
-
 @pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    made = Store()
+def store() -> Iterator[RankStore]:
+    made = RankStore((1, 2, 4))
     yield made
     made.server.close()
 
 
-@contextmanager
-def instance(store: Store, num_ranks: int, *, device: RankGpu | None = None, timeout_s: float = 20.0, **engine: Any) -> Iterator[Engine]:
+def instance(
+    store: RankStore, num_ranks: int, *, device: RankGpu | None = None, timeout_s: float = 20.0, **engine: Any
+) -> AbstractContextManager[Engine]:
     """An engine of so many ranks; of one, a plain CPU's."""
-    specs = [spec.on_ranks(num_ranks) for spec in store.specs.values()]
-    reserve = sum(spec.weight_bytes for spec in specs) + MIB
-    settings = EngineSettings(weight_reserve_bytes=reserve, slab_bytes=256 * KIB, max_num_seqs=6, **engine)
-    nbytes = reserve + 4 * MIB
-    device = device or RankGpu()
-    ranks = None
-    if num_ranks > 1:
-        told = RankSettings(
-            worker_id="w",
-            num_ranks=num_ranks,
-            arena_bytes=nbytes,
-            weight_reserve_bytes=reserve,
-            max_num_seqs=6,
-            num_threads=1,
-            batch_invariant=settings.batch_invariant,
-            store_address=store.server.address,
-            token=TOKEN,
-            timeout_s=timeout_s,
-        )
-        ranks = Ranks(told, device=device, program=PROGRAM)
-    source = StoreClient(store.server.address, TOKEN, Shard(rank=0, num_ranks=num_ranks))
-    made = Engine(device.create(nbytes), settings, source, device=device, ranks=ranks)
-    try:
-        for spec in specs:
-            made.add_model(spec)
-        yield made
-    finally:
-        made.close()
+    return rank_engine(store, num_ranks, device or RankGpu(), PROGRAM, timeout_s=timeout_s, **engine)
 
 
 def answers(engine: Engine, name: ModelName, kind: str, num_steps: int = 8, num_seqs: int = 3) -> list[list[int]]:
@@ -103,14 +61,14 @@ def answers(engine: Engine, name: ModelName, kind: str, num_steps: int = 8, num_
 
 
 @pytest.fixture(scope="module")
-def alone(store: Store) -> dict[tuple[ModelName, str], list[list[int]]]:
+def alone(store: RankStore) -> dict[tuple[ModelName, str], list[list[int]]]:
     """What one rank says."""
     with choice.override("all=torch"), instance(store, 1) as engine:
         return {(name, kind): answers(engine, name, kind) for name in NAMES for kind in ("greedy", "sampled", "penalized")}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_say_what_one_says_with_steps_that_run_ahead(num_ranks: int, store: Store, alone: dict[Any, Any]) -> None:
+def test_ranks_say_what_one_says_with_steps_that_run_ahead(num_ranks: int, store: RankStore, alone: dict[Any, Any]) -> None:
     device, comms = RankGpu(), stand_in.count("comms")
     with instance(store, num_ranks, device=device) as engine:
         found = {(name, kind): answers(engine, name, kind) for name in NAMES for kind in ("greedy", "sampled", "penalized")}
@@ -121,7 +79,7 @@ def test_ranks_say_what_one_says_with_steps_that_run_ahead(num_ranks: int, store
 
 @pytest.mark.parametrize("num_ranks", [4])
 def test_tokens_are_the_same_when_blocks_went_to_the_host_and_to_other_blocks_in_the_middle(
-    num_ranks: int, store: Store, alone: dict[Any, Any]
+    num_ranks: int, store: RankStore, alone: dict[Any, Any]
 ) -> None:
     """By rank 0 alone, in memory that it has mapped; four ranks hold each head twice."""
     name = NAMES[0]
@@ -154,7 +112,7 @@ def test_tokens_are_the_same_when_blocks_went_to_the_host_and_to_other_blocks_in
     assert stand_in.count("maps") == 0  # the others' memory was let go before they ended
 
 
-def test_replayed_steps_of_every_rank_read_the_inputs_of_their_own_step(store: Store, alone: dict[Any, Any], monkeypatch: Any) -> None:
+def test_replayed_steps_of_every_rank_read_the_inputs_of_their_own_step(store: RankStore, alone: dict[Any, Any], monkeypatch: Any) -> None:
     kernels = "all=torch,attend=triton"
     monkeypatch.setenv(rank_gpus.KERNELS, kernels)
     device = RankGpu(captures=True)
@@ -164,7 +122,7 @@ def test_replayed_steps_of_every_rank_read_the_inputs_of_their_own_step(store: S
     assert device.graphs.num_replayed == 3
 
 
-def test_under_batch_invariant_four_ranks_give_a_sequence_the_same_bits_alone_and_in_company(store: Store) -> None:
+def test_under_batch_invariant_four_ranks_give_a_sequence_the_same_bits_alone_and_in_company(store: RankStore) -> None:
     spec = store.specs[NAMES[1]].on_ranks(4)
 
     def logits(engine: Engine, *prompts: range) -> torch.Tensor:
@@ -193,7 +151,7 @@ def pids(engine: Engine) -> tuple[int, ...]:
 
 @pytest.mark.parametrize(("rank", "strike", "within_s"), [(1, signal.SIGSTOP, 3.5), (3, signal.SIGKILL, 1.5)])
 def test_a_rank_lost_between_steps_that_run_ahead_is_a_typed_error_and_leaves_nothing(
-    strike: signal.Signals, within_s: float, rank: int, store: Store
+    strike: signal.Signals, within_s: float, rank: int, store: RankStore
 ) -> None:
     stand_in.turn(peer_hangs=1)  # as over NVLink
     threads, comms = threading.active_count(), stand_in.count("comms")

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,23 +17,16 @@ import pytest
 import torch
 
 from gpu.edges import SOCKETS
-from polymux.actors.engine import Engine, EngineSettings
+from polymux.actors.engine import Engine
 from polymux.actors.gpu.device import CudaDevice
 from polymux.actors.gpu.graphs import CudaGraphs
-from polymux.actors.parallel.leader import Ranks, RankSettings
-from polymux.actors.store_client import StoreClient
-from polymux.actors.store_server import StoreServer
-from polymux.actors.weight_store import ModelSource
 from polymux.transport.errors import RankLost
-from polymux.transport.messages import Shard
-from polymux.transport.units import KIB, MIB
 
-from ..actors.planned_batches import KINDS, MODELS, NAMES, Batch, tokens_of
+from ..actors.planned_batches import KINDS, NAMES, Batch, tokens_of
+from ..actors.rank_engines import RankStore, rank_engine
 
 pytestmark = pytest.mark.gpu
-TOKEN = "test-cluster-token-0123456789"
-
-SOURCES = [ModelSource(model=name, path=str(MODELS / name), dtype="float32", max_model_len=192, degrees=(1, 2)) for name in NAMES]
+PROGRAM = (str(Path(__file__).with_name("rank.py")),)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,43 +42,14 @@ def a_gpu_of_each_rank() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[StoreServer]:
-    made = StoreServer(budget_bytes=64 * MIB, layout="plain", token=TOKEN, kv_bytes=0)
-    for source in SOURCES:
-        made.register(source)
+def store() -> Iterator[RankStore]:
+    made = RankStore((1, 2))
     yield made
-    made.close()
+    made.server.close()
 
 
-@contextmanager
-def instance(store: StoreServer, num_ranks: int, graphs: CudaGraphs, timeout_s: float = 60.0) -> Iterator[Engine]:
-    specs = [spec.on_ranks(num_ranks) for spec in map(store.register, SOURCES)]
-    reserve = sum(spec.weight_bytes for spec in specs) + MIB
-    settings = EngineSettings(weight_reserve_bytes=reserve, slab_bytes=256 * KIB, max_num_seqs=6, device="cuda")
-    device, nbytes = CudaDevice(graphs=graphs), reserve + 4 * MIB
-    device.enter()
-    told = RankSettings(
-        worker_id="w",
-        num_ranks=num_ranks,
-        device="cuda",
-        arena_bytes=nbytes,
-        weight_reserve_bytes=reserve,
-        max_num_seqs=6,
-        num_threads=1,
-        batch_invariant=False,
-        store_address=store.address,
-        token=TOKEN,
-        timeout_s=timeout_s,
-    )
-    ranks = Ranks(told, device=device, program=(str(Path(__file__).with_name("rank.py")),)) if num_ranks > 1 else None
-    source = StoreClient(store.address, TOKEN, Shard(rank=0, num_ranks=num_ranks))
-    engine = Engine(device.create(nbytes), settings, source, device=device, ranks=ranks)
-    try:
-        for spec in specs:
-            engine.add_model(spec)
-        yield engine
-    finally:
-        engine.close()
+def instance(store: RankStore, num_ranks: int, graphs: CudaGraphs, timeout_s: float = 60.0) -> AbstractContextManager[Engine]:
+    return rank_engine(store, num_ranks, CudaDevice(graphs=graphs), PROGRAM, timeout_s=timeout_s, device="cuda")
 
 
 def answers(engine: Engine, num_steps: int = 6) -> list[list[list[int]]]:
@@ -93,7 +57,7 @@ def answers(engine: Engine, num_steps: int = 6) -> list[list[list[int]]]:
     return [tokens_of(Batch(engine, engine.specs[name], params, runs_ahead=True).run(num_steps)) for name in NAMES]
 
 
-def test_two_ranks_say_what_one_says(store: StoreServer) -> None:
+def test_two_ranks_say_what_one_says(store: RankStore) -> None:
     with instance(store, 1, CudaGraphs()) as engine:
         alone = answers(engine)
     graphs = CudaGraphs()
@@ -102,7 +66,7 @@ def test_two_ranks_say_what_one_says(store: StoreServer) -> None:
         assert graphs.num_captured == 2 and graphs.num_replayed >= 6, "the sums are in the graphs"
 
 
-def test_a_rank_that_is_killed_is_a_typed_error_and_the_device_is_let_go(store: StoreServer) -> None:
+def test_a_rank_that_is_killed_is_a_typed_error_and_the_device_is_let_go(store: RankStore) -> None:
     with instance(store, 2, CudaGraphs(), timeout_s=10.0) as engine:
         batch = Batch(engine, engine.specs[NAMES[0]], [KINDS["greedy"]], runs_ahead=True)
         for _ in range(4):
