@@ -217,7 +217,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tpot-ms", type=float, help=f"TPOT in place of {STEPS_OF_TPOT} measured steps; TTFT follows")
     parser.add_argument("--lengths", type=Path, help="CSV trace whose lengths are drawn from, in place of generated ones")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="six models, one trace, three short runs a policy: does it work?")
+    parser.add_argument("--quick", action="store_true", help="six models, one trace, two short runs a policy: does it work?")
     parser.add_argument("--out", type=Path, help="where the report goes; its picture lies beside it")
     args = parser.parse_args(argv)
     if args.quick:

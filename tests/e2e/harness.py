@@ -105,12 +105,14 @@ async def chat(client: httpx.AsyncClient, model: str, question: str, max_tokens:
     return answer
 
 
-async def mixed_load(url: str, count: int, max_tokens: int, *, headers: dict[str, str] | None = None) -> list[Answer]:
-    """`count` requests at once over all models, every third not streamed."""
+async def mixed_load(
+    url: str, count: int, max_tokens: int, *, models: Sequence[str] = MODELS, headers: dict[str, str] | None = None
+) -> list[Answer]:
+    """`count` requests at once over these models, every third not streamed."""
     limits = httpx.Limits(max_connections=count + 4)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers=headers) as client:
         tasks = [
-            chat(client, MODELS[i % len(MODELS)], QUESTIONS[i // len(MODELS) % len(QUESTIONS)], max_tokens, stream=i % 3 > 0)
+            chat(client, models[i % len(models)], QUESTIONS[i // len(models) % len(QUESTIONS)], max_tokens, stream=i % 3 > 0)
             for i in range(count)
         ]
         return list(await asyncio.gather(*tasks))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import commands
 import httpx
+import psutil
 import pytest
 from commands import Server, polymux, serving
 
@@ -29,11 +33,28 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[Server]:
-    with serving(folder, "--dtype", "float32", "--set", "name=polymux-cli", *SMALL) as server:
+    """One prefill worker of one process, one decode worker of two."""
+    with serving(folder, "--dtype", "float32", "--set", "name=polymux-cli", "--set", "pools.decode.tensor_parallel=2", *SMALL) as server:
         yield server
 
 
+def worker_of(url: str, role: str) -> dict[str, Any]:
+    (worker,) = [worker for worker in asyncio.run(harness.topology(url))["workers"] if worker["role"] == role]
+    return dict(worker)
+
+
 def test_serve_answers_the_other_commands_and_drains_at_a_signal(folder: Path, server: Server) -> None:
+    answers = asyncio.run(harness.mixed_load(server.url, 16, 24, models=harness.MODELS[:2]))
+    assert harness.wrong_answers(answers, 24) == []
+    until_s = time.monotonic() + 10.0
+    while not (decode := worker_of(server.url, "decode"))["edges"] and time.monotonic() < until_s:
+        time.sleep(0.2)  # it says so in its next report
+    prefill = worker_of(server.url, "prefill")
+    assert (prefill["num_ranks"], decode["num_ranks"]) == (1, 2)
+    assert [edge["peer"] for edge in decode["edges"]] == [prefill["worker_id"]]
+    assert decode["edges"][0]["backend"] in ("shm", "tcp") and decode["edges"][0]["reason"]
+    ranks = psutil.Process(decode["pid"]).children()
+
     at = ("--base-url", server.url)
     assert all(model in polymux(folder, "models", *at) for model in harness.MODELS[:2])
     question = harness.QUESTIONS[0]
@@ -50,6 +71,7 @@ def test_serve_answers_the_other_commands_and_drains_at_a_signal(folder: Path, s
     assert lines[-1] == "data: [DONE]", "a stream that was open when the signal came is finished"
     assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert server.process.wait(60) == 0
+    assert len(ranks) == 1 and not psutil.wait_procs(ranks, timeout=10)[1], "a rank outlived its worker"
     log = server.log.read_text()
     assert "serve.draining signal=SIGTERM" in log and "serve.stopped" in log and "Traceback" not in log
     assert [path.name for path in folder.iterdir()] == ["serve.log"], "Ray's files are gone with it"

@@ -142,14 +142,16 @@ async def test_a_client_that_goes_away_frees_its_blocks_within_a_second(url: str
 
 async def test_an_idle_cluster_takes_less_than_5_percent_of_a_core_beyond_what_ray_takes_for_its_actors(url: str) -> None:
     """Ray wakes every actor a hundred times a second, which costs 0.5 to 2.5% of a core each, by the machine and its neighbours: what
-    actors that do nothing are seen to take in the same windows is Ray's. The least of four windows: the same work never costs less."""
+    actors that do nothing are seen to take in the same windows is Ray's. One window of six is enough: the same work never costs less."""
     await harness.wait_idle(url)
     watched = list(pids(await harness.topology(url)).values()) + front_doors_and_controller()
     assert len(watched) >= 5
     bare = [BareActor.remote() for _ in range(3)]
     bare_pids = await asyncio.gather(*(actor.pid.remote() for actor in bare))
     await asyncio.sleep(3.0)  # they have just started
-    shares = [await cpu_shares(watched, bare_pids, 6.0) for _ in range(4)]
+    shares: list[tuple[float, float]] = []
+    while len(shares) < 6 and not any(ours - len(watched) * theirs / len(bare) < 0.05 for ours, theirs in shares):
+        shares.append(await cpu_shares(watched, bare_pids, 6.0))
     for actor in bare:
         ray.kill(actor)
     assert min(ours - len(watched) * theirs / len(bare) for ours, theirs in shares) < 0.05, shares
