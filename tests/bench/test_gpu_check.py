@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gpu_check
@@ -94,17 +95,17 @@ def test_a_module_of_ours_that_is_missing_is_a_failure(tmp_path: Path) -> None:
     assert run_file(tmp_path, "import polymux.no_such_module\ndef test_a(): pass\n").outcome == "failed"
 
 
-def test_a_file_that_hangs_keeps_what_had_passed(tmp_path: Path) -> None:
-    tested = run_file(tmp_path, "import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n", 10.0)
-    assert tested.outcome == "failed"
-    assert tested.reason.startswith("did not end within 10 s")
-    assert tested.num_passed == 1
-
-
-def test_a_file_that_cannot_even_be_interrupted_keeps_what_had_passed(tmp_path: Path) -> None:
-    hangs = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n time.sleep(60)"
-    tested = run_file(tmp_path, f"import signal\nimport time\ndef test_a(): pass\ndef test_b(): pass\ndef test_c():\n {hangs}\n", 10.0)
-    assert (tested.outcome, tested.num_passed) == ("failed", 2)
+def test_files_that_hang_keep_what_had_passed(tmp_path: Path) -> None:
+    """One can be interrupted, the other not even that."""
+    hangs = "import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n"
+    ignores = "import signal, time\ndef test_a(): pass\ndef test_b():\n signal.signal(signal.SIGINT, signal.SIG_IGN)\n time.sleep(60)\n"
+    with ThreadPoolExecutor() as pool:
+        folders = [tmp_path / name for name in ("hangs", "ignores")]
+        for folder in folders:
+            folder.mkdir()
+        interrupted, killed = pool.map(run_file, folders, (hangs, ignores), (10.0, 10.0))
+    assert interrupted.reason.startswith("did not end within 10 s")
+    assert [(one.outcome, one.num_passed) for one in (interrupted, killed)] == [("failed", 1)] * 2
 
 
 def test_parts_that_fail_or_hang_leave_the_others_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,7 @@ async def test_two_hundred_requests_to_twelve_models_get_what_each_model_gives_a
 
 
 async def test_the_same_while_kv_is_swapped_to_host_memory_mid_answer(catalogue: dict[str, str], alone: Alone) -> None:
-    asks = asks_of(sorted(catalogue), vocab_size(catalogue), num=60, seed=2, max_tokens=160)
+    asks = asks_of(sorted(catalogue), vocab_size(catalogue), num=40, seed=2, max_tokens=160)
     async with serving(catalogue, kv_bytes=3 * MIB, prefix_caching=False) as stack:
         answers = await asyncio.gather(*(stack.answer(ask, pace=0.0) for ask in asks))
         assert stack.counter("swap_outs") > 0 and stack.counter("swap_ins") > 0
@@ -243,7 +243,7 @@ async def test_the_same_while_kv_is_swapped_to_host_memory_mid_answer(catalogue:
 
 
 async def test_the_same_while_batches_move_between_workers_mid_answer(catalogue: dict[str, str], alone: Alone) -> None:
-    asks = asks_of(sorted(catalogue), vocab_size(catalogue), num=60, seed=3, max_tokens=60)
+    asks = asks_of(sorted(catalogue), vocab_size(catalogue), num=40, seed=3, max_tokens=60)
     async with serving(catalogue, num_decode=2) as stack:
         serving_all = asyncio.gather(*(stack.answer(ask) for ask in asks))
         decodes = [worker for worker in stack.cluster.workers if worker.settings.role == "decode"]
