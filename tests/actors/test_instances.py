@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from instances import LONG, answers, ending, freeze, is_running, kill, lost, pids
-from test_moves import Client
+from moving_client import Client
 from worker_pair import GREEDY, NAMES, TOKEN, prompt_of, running_pair
 
 from polymux.actors.parallel.leader import Ranks, RankSettings, gpus_of_ranks

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
+from bare_engines import PEER, A, B, engine_of, generate
 
 from polymux.actors.decode import DecodeRole
-from polymux.actors.engine import Engine, EngineSettings
+from polymux.actors.engine import Engine
 from polymux.actors.kept import KeptSequences
 from polymux.actors.local_orders import LocalOrders
 from polymux.actors.meter import Meter
 from polymux.actors.outbox import Outbox
-from polymux.actors.parallel.leader import Ranks
 from polymux.actors.prefill import PrefillRole
 from polymux.actors.sequence import Phase, Sequence
 from polymux.actors.turns import Turns
@@ -21,36 +19,8 @@ from polymux.disagg.prefill import prefill_policy
 from polymux.disagg.turn_policies import turn_policy
 from polymux.transport.errors import PolymuxError
 from polymux.transport.kv import OrderRef
-from polymux.transport.messages import Generate, Grant, KVLayout, ModelSpec, Peer, Prefill, SamplingParams
-from polymux.transport.region import Region
-from polymux.transport.units import KIB, MIB, ClientId, Epoch, ModelName, SequenceId, TransferId, WorkerId, pack_ids
-
-A, B = ModelName("a"), ModelName("b")
-LAYOUTS = {
-    A: KVLayout(num_layers=1, num_kv_heads=1, head_dim=128, dtype="float32"),
-    B: KVLayout(num_layers=1, num_kv_heads=1, head_dim=64, dtype="float32"),
-}
-PEER = Peer(worker_id=WorkerId("prefill-0"), epoch=Epoch(1), address="tcp://127.0.0.1:1", host_id="here")
-
-
-def spec_of(model: ModelName) -> ModelSpec:
-    return ModelSpec(
-        model=model,
-        path="",
-        digest=model,
-        config_json="{}",
-        dtype="float32",
-        kv=LAYOUTS[model],
-        weight_bytes=MIB,
-        vocab_size=100,
-        max_model_len=128,
-        eos_token_ids=(),
-    )
-
-
-class NoWeights:
-    def fetch(self, model: ModelName) -> Any:
-        raise PolymuxError("no weights here")
+from polymux.transport.messages import Grant, KVLayout, Prefill, SamplingParams
+from polymux.transport.units import ClientId, Epoch, ModelName, SequenceId, TransferId, pack_ids
 
 
 @dataclass
@@ -78,15 +48,6 @@ class FakeSource:
         return True
 
 
-def engine_of(num_slabs: int, ranks: Ranks | None = None) -> Engine:
-    torch.set_num_threads(1)
-    settings = EngineSettings(weight_reserve_bytes=MIB, slab_bytes=64 * KIB)
-    engine = Engine(Region.create(MIB + num_slabs * 64 * KIB), settings, NoWeights(), ranks=ranks)
-    for model in LAYOUTS:
-        engine.specs[model] = spec_of(model)
-    return engine
-
-
 def decode_role(engine: Engine) -> tuple[DecodeRole, FakeGrants]:
     grants, meter = FakeGrants(engine), Meter()
     for spec in engine.specs.values():
@@ -94,20 +55,6 @@ def decode_role(engine: Engine) -> tuple[DecodeRole, FakeGrants]:
     turns, outbox = Turns(engine, meter, turn_policy("wrr")), Outbox(PEER, lambda _client, _frame: True)
     role = DecodeRole(engine, grants, turns, meter, outbox, KeptSequences(engine))  # type: ignore[arg-type]
     return role, grants
-
-
-def generate(sequence_id: str, model: ModelName, num_tokens: int) -> Generate:
-    return Generate(
-        sequence_id=SequenceId(sequence_id),
-        model=model,
-        prompt_ids=pack_ids([1] * num_tokens),
-        output_ids=b"",
-        sampling=SamplingParams(max_tokens=8),
-        prefill=PEER,
-        deadline_s=60.0,
-        tpot_slo_s=0.1,
-        due_in_s=10.0,
-    )
 
 
 def run(role: DecodeRole, engine: Engine, sequence_id: str, model: ModelName, num_tokens: int) -> Sequence:

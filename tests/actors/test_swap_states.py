@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from bare_engines import LAYOUTS, PEER, A, B, engine_of, generate
 from host_tiers import tier_over
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from rank_memories import RankMemories
-from test_roles import LAYOUTS, PEER, A, B, engine_of, generate
 from torch import Tensor
 
 from polymux.actors.copier import Copied, CopyBlocks, OnDone
@@ -121,9 +120,8 @@ class SwapMachine(RuleBasedStateMachine):
         self.build(num_slabs, num_host_slabs, num_ranks)
 
     def build(self, num_slabs: int, num_host_slabs: int, num_ranks: int = 1) -> None:
-        self.engine = engine_of(num_slabs)
+        self.engine = engine_of(num_slabs, num_ranks)
         if num_ranks > 1:  # twice the heads, so that two ranks share them and four hold each twice
-            self.engine = engine_of(num_slabs, RankMemories(self.engine.arena.nbytes, num_ranks))
             for model, spec in self.engine.specs.items():
                 self.engine.specs[model] = replace(spec, kv=replace(spec.kv, num_kv_heads=2, num_ranks=num_ranks))
         self.memory = TierMemory(num_host_slabs * SLAB, SLAB)
