@@ -57,7 +57,11 @@ class PoolConfig(Section):
     )
     num_threads: AutoCount = Field(default=None, description="compute threads of one rank; auto divides the host's cores")
     arena_bytes: AutoBytes = Field(default=None, description="memory of one rank, weights and KV, such as 64MiB; auto fits its models")
-    num_cpus: float | None = Field(default=None, ge=0, description="CPUs that Ray reserves for one rank; unset takes num_threads")
+    num_cpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="CPUs that Ray reserves for one rank; unset: its threads, on a GPU one, or what the hosts have for each",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="what workers compute on; auto: GPUs where there are some")
     num_gpus: AutoNumber = Field(
         default=None, description="GPUs that Ray reserves for one worker; auto: one for each rank; for one rank a share where GPUs are few"

@@ -93,7 +93,11 @@ class Seating:
         pools = {str(role): {"device": one.device, "num_gpus": one.num_gpus, "why": one.why} for role, one in self.devices.items()}
         slots = {worker_id: seat.slot for worker_id, seat in self.seats.items() if seat.slot is not None}
         workers = {
-            worker_id: {"host": slot.host.gpus.describe(), "gpus": list(slot.gpus), "joined_by": slot.within.name.lower()}
+            worker_id: {
+                "host": slot.host.gpus.describe(),
+                "gpus": list(slot.gpus),
+                "joined_by": slot.within.name.lower() if len(slot.gpus) > 1 else None,
+            }
             for worker_id, slot in slots.items()
         }
         return {"summary": self.describe(), "pools": pools, "workers": workers}
