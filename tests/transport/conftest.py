@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import Any
 import pytest
 import stand_in
 from backends import BETWEEN_RANKS, GPU_BACKENDS, HOST_BACKENDS, config_of, eventually
-from processes import Child, bury, spawn
+from nursery import nursery
+from processes import Child
 
 KV_PEER = Path(__file__).with_name("kv_peer.py")
 
@@ -38,7 +37,7 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kv_peer() -> Any:
-    """The module of scripted peers, which is also a script."""
+    """The module of scripted peers."""
     spec = importlib.util.spec_from_file_location("kv_peer", KV_PEER)
     assert spec is not None and spec.loader is not None
     module = sys.modules["kv_peer"] = importlib.util.module_from_spec(spec)
@@ -96,26 +95,16 @@ def joined(pair: Any, backend: dict[str, Any]) -> Any:
     return run
 
 
-@pytest.fixture(scope="module")
-def spares() -> Iterator[deque[subprocess.Popen[bytes]]]:
-    """Peers that start while the tests before them wait."""
-    waiting = deque(spawn() for _ in range(2))
-    yield waiting
-    for process in waiting:
-        bury(process)
-
-
 @pytest.fixture
-def child(spares: deque[subprocess.Popen[bytes]]) -> Any:
+def child() -> Any:
     """`with child(role=..., ...) as peer`."""
 
     @contextmanager
     def start(**config: Any) -> Iterator[Child]:
-        process = spares.popleft()
-        spares.append(spawn())
+        process = nursery().fork("kv_peer")
         try:
             yield Child(process, config)
         finally:
-            bury(process)
+            process.bury()
 
     return start

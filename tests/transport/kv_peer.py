@@ -1,7 +1,7 @@
 """The two ends of KV migration with engines that compute nothing: they fill blocks with a pattern, and check it on the other side.
 
-Used inside a test process, and run as a script for a peer that is to be killed or frozen: its configuration, and then its orders, come as
-JSON lines on standard input, and its answers go as JSON lines to standard output.
+Used inside a test process, and forked from the nursery for a peer that is to be killed or frozen: its configuration, and then its orders,
+come as JSON lines on standard input, and its answers go as JSON lines to standard output.
 """
 
 from __future__ import annotations
@@ -349,7 +349,3 @@ def main() -> None:
 
 def say(answer: dict[str, Any]) -> None:
     os.write(1, json.dumps(answer).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from nursery import Forked
+
 from polymux.transport.messages import Peer
 from polymux.transport.units import Epoch, WorkerId
-
-SCRIPT = Path(__file__).with_name("kv_peer.py")
-NAMESPACE = Path(__file__).parents[2] / ".namespace"
-
-
-def spawn() -> subprocess.Popen[bytes]:
-    """A peer that waits for its configuration."""
-    env = os.environ | {"PYTHONPATH": str(NAMESPACE), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-
-
-def bury(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait(10)
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        pipe.close()
 
 
 class Child:
     """A peer in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], config: dict[str, Any]) -> None:
+    def __init__(self, process: Forked, config: dict[str, Any]) -> None:
         self.process = process
         self.say(config)
         self.hello = self.hear()
 
     def say(self, line: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(line).encode() + b"\n")
         self.process.stdin.flush()
 
     def hear(self, within_s: float = 60.0) -> dict[str, Any]:
-        assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], within_s)
         assert ready, "the child said nothing"
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from processes import NAMESPACE, bury
-
-SCRIPT = Path(__file__)
+from nursery import nursery
 
 
 class RankMemory:
     def __init__(self, nbytes: int, device: str) -> None:
-        env = os.environ | {"PYTHONPATH": str(NAMESPACE), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(SCRIPT), str(nbytes), device]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        self.process = nursery().fork("rank_memory", str(nbytes), device)
 
     @property
     def handle(self) -> str:
-        assert self.process.stdout is not None
         handle: str = json.loads(self.process.stdout.readline())
         return handle
 
@@ -36,7 +29,7 @@ def rank_memories(nbytes: int, count: int, device: str) -> Iterator[list[RankMem
         yield memories
     finally:
         for memory in memories:
-            bury(memory.process)
+            memory.process.bury()
 
 
 def main() -> None:
@@ -52,7 +45,3 @@ def main() -> None:
     os.write(1, json.dumps(region.handles()[0].hex()).encode() + b"\n")
     sys.stdin.read()
     region.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""A rank that only sums: enqueues steps on a stand-in's stream, and says what came out. Run as a script, to be killed and frozen.
+"""A rank that only sums, in steps that it enqueues on a stand-in's stream: here, and forked from the nursery to be killed and frozen.
 
 Arguments: the unique id in hex, its rank, how many there are, the deadline of a step. Then, as lines on standard input, steps to enqueue.
 """
@@ -54,7 +54,3 @@ def main() -> None:
     rank = Rank(bytes.fromhex(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
     for _ in sys.stdin:
         rank.step()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -14,11 +12,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-import rank_peer
 from backends import eventually
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import NAMESPACE
+from nursery import Forked, nursery
 from rank_peer import COUNT, SUMS_A_STEP, Rank
 
 from polymux.transport.errors import RankLost
@@ -28,22 +25,27 @@ from polymux.transport.nccl.ranks import Pending
 TIMEOUT_S = 0.8
 
 
+@pytest.fixture(scope="module", autouse=True)
+def started() -> None:
+    """The nursery has, before descriptors are counted."""
+    nursery()
+
+
 @contextmanager
-def others(unique_id: bytes, num_ranks: int, **knobs: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def others(unique_id: bytes, num_ranks: int, **knobs: int) -> Iterator[list[Forked]]:
     """The other ranks, each a process; `knobs` of their stand-in."""
-    env = os.environ | {"PYTHONPATH": str(NAMESPACE)} | {f"STAND_IN_{name.upper()}": str(value) for name, value in knobs.items()}
+    env = {f"STAND_IN_{name.upper()}": str(value) for name, value in knobs.items()}
     with ExitStack() as stack:
         found = []
         for rank in range(1, num_ranks):
-            words = [sys.executable, rank_peer.__file__, unique_id.hex(), str(rank), str(num_ranks), "60"]
-            process = stack.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, env=env))
-            stack.callback(process.kill)
+            process = nursery().fork("rank_peer", unique_id.hex(), str(rank), str(num_ranks), "60", **env)
+            stack.callback(process.bury)
             found.append(process)
         yield found
 
 
 @contextmanager
-def ranks(at_rest: Any, num_ranks: int, **knobs: int) -> Iterator[tuple[Rank, list[subprocess.Popen[bytes]]]]:
+def ranks(at_rest: Any, num_ranks: int, **knobs: int) -> Iterator[tuple[Rank, list[Forked]]]:
     unique_id = Nccl.load(at_rest.library()).unique_id()
     with others(unique_id, num_ranks, **knobs) as processes:
         first = Rank(unique_id, 0, num_ranks, TIMEOUT_S, abort_s=1.0)
@@ -53,9 +55,8 @@ def ranks(at_rest: Any, num_ranks: int, **knobs: int) -> Iterator[tuple[Rank, li
             first.comm.close()
 
 
-def step(first: Rank, processes: list[subprocess.Popen[bytes]]) -> None:
+def step(first: Rank, processes: list[Forked]) -> None:
     for process in processes:
-        assert process.stdin is not None
         process.stdin.write(b"step\n")
         process.stdin.flush()
     first.step()
@@ -73,18 +74,18 @@ def test_sums_of_many_steps_that_nobody_waited_for(at_rest: Any, nothing_left: N
     assert eventually(lambda: at_rest.count("comms") == 0)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: Forked) -> None:
     process.kill()
 
 
-def freeze(process: subprocess.Popen[bytes]) -> None:
+def freeze(process: Forked) -> None:
     os.kill(process.pid, signal.SIGSTOP)
 
 
 @pytest.mark.parametrize("strike", [kill, freeze])
 @pytest.mark.parametrize("victim", [1, 3])
 def test_a_lost_rank_is_found_within_the_deadline_and_the_device_is_let_go(
-    at_rest: Any, nothing_left: None, strike: Callable[[subprocess.Popen[bytes]], None], victim: int
+    at_rest: Any, nothing_left: None, strike: Callable[[Forked], None], victim: int
 ) -> None:
     at_rest.turn(peer_hangs=1)  # as over NVLink
     with ranks(at_rest, 4) as (first, processes):
