@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,9 @@ def test_serve_computes_on_the_gpus_and_outlives_one_of_its_ranks(folder: Path, 
         (rank,) = psutil.Process(decode_worker(seen)["pid"]).children()
         assert rank.environ()["CUDA_VISIBLE_DEVICES"] == str(decode["gpus"][1])
         rank.kill()
+        again = wait_restarted(server.url, decode_worker(seen)["epoch"])
         assert_right(server)
-        restarted = decode_worker(asyncio.run(harness.topology(server.url)))
-        assert restarted["epoch"] > decode_worker(seen)["epoch"]
-        assert asyncio.run(harness.topology(server.url))["devices"] == seen["devices"]
+        assert again["devices"] == seen["devices"]
 
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
@@ -88,6 +88,17 @@ def assert_right(server: Server) -> None:
     assert harness.wrong_answers(asyncio.run(harness.mixed_load(server.url, 16, MAX_TOKENS)), MAX_TOKENS) == []
     counters = asyncio.run(harness.wait_idle(server.url))["stats"]["counters"]
     assert counters["kv_transfers_committed"] >= 16 and counters["kv_transfers_failed"] == 0
+
+
+def wait_restarted(url: str, epoch: int, deadline_s: float = 60.0) -> dict[str, Any]:
+    """The topology once the decode worker is another than that of this epoch."""
+    until_s = time.monotonic() + deadline_s
+    while time.monotonic() < until_s:
+        seen = asyncio.run(harness.topology(url))
+        if any(one["worker_id"] == "decode-0" and one["state"] == "alive" and one["epoch"] > epoch for one in seen["workers"]):
+            return seen
+        time.sleep(0.2)
+    raise AssertionError(f"not restarted within {deadline_s} s")
 
 
 def decode_worker(seen: dict[str, Any]) -> dict[str, Any]:
