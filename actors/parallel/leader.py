@@ -55,6 +55,7 @@ log = logging.getLogger("polymux.ranks")
 BOOT_S = 120.0  # for a rank's process to come up
 EXIT_S = 2.0  # for one to end by itself
 SEEN_S = 180.0  # for an image to come in, whatever it takes to build it
+REASON_S = 1.0  # for what a rank said last to be read
 
 GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -122,10 +123,6 @@ class Ranks:
         except BaseException as error:
             self.close()
             raise RankLost(f"the ranks of worker {settings.worker_id} did not come up: {error}") from error
-        for rank in self._ranks:
-            reader = threading.Thread(target=self._read, args=(rank,), name=f"polymux-rank-{rank.number}", daemon=True)
-            self._readers.append(reader)
-            reader.start()
 
     @property
     def memories(self) -> tuple[Tensor, ...]:
@@ -305,16 +302,31 @@ class Ranks:
             )
         for rank in self._ranks:
             self.regions += (self._adopt(rank),)
-        self._collectives = self._device.join(
-            Meeting(
-                place=place,
-                rank=0,
-                num_ranks=settings.num_ranks,
-                timeout_s=settings.timeout_s,
-                in_order=settings.batch_invariant,
-                on_lost=self.fence,
-            )
+        for rank in self._ranks:
+            reader = threading.Thread(target=self._read, args=(rank,), name=f"polymux-rank-{rank.number}", daemon=True)
+            self._readers.append(reader)
+            reader.start()
+        self._collectives = self._join(place)
+        self._raise_if_lost()
+
+    def _join(self, place: bytes) -> Collectives:
+        """Meet the others. Where one of them could not, its reason is raised: here one only sees that it did not come."""
+        settings = self.settings
+        meeting = Meeting(
+            place=place,
+            rank=0,
+            num_ranks=settings.num_ranks,
+            timeout_s=settings.timeout_s,
+            in_order=settings.batch_invariant,
+            on_lost=self.fence,
         )
+        try:
+            return self._device.join(meeting)
+        except RankLost:
+            with self._changed:
+                self._changed.wait_for(lambda: self.lost is not None, REASON_S)
+            self._raise_if_lost()
+            raise
 
     def _adopt(self, rank: _Rank) -> Region | MappedRegion:
         """A rank's arena, once it has said that it has one."""

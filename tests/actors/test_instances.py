@@ -20,7 +20,7 @@ from polymux.actors.parallel.leader import Ranks, RankSettings, gpus_of_ranks
 from polymux.transport.errors import CheckpointError, ConfigError, RankLost
 from polymux.transport.kv import KVSettings
 from polymux.transport.messages import Shard
-from polymux.transport.units import ModelName
+from polymux.transport.units import MIB, ModelName
 
 
 @pytest.fixture(scope="module")
@@ -113,20 +113,39 @@ async def test_an_image_that_one_rank_cannot_have_fails_the_switch_and_nothing_e
         assert len(await pair.generate(second, prompt_of(second, 30))) == GREEDY.max_tokens
 
 
-def test_ranks_that_do_not_come_up_are_a_typed_error_and_leave_nothing() -> None:
+UNABLE = """
+from polymux.actors.device import CpuDevice
+from polymux.actors.parallel import follower
+from polymux.transport.errors import RankLost
+
+class Unable(CpuDevice):
+    def join(self, meeting):
+        raise RankLost("no route to the others")
+
+follower.main(Unable())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arena_bytes", "program", "reason"),
+    [(-1, None, "did not come up"), (MIB, ("-c", UNABLE), "did not come up.*rank [12] failed: no route to the others")],
+)
+def test_ranks_that_do_not_come_up_are_a_typed_error_and_leave_nothing(
+    arena_bytes: int, program: tuple[str, ...] | None, reason: str
+) -> None:
     settings = RankSettings(
         worker_id="w",
         num_ranks=3,
-        arena_bytes=-1,
+        arena_bytes=arena_bytes,
         weight_reserve_bytes=0,
         num_threads=1,
         batch_invariant=False,
         store_address="unix:@nowhere",
         token=TOKEN,
-        timeout_s=5.0,
+        timeout_s=2.0,
     )
-    with pytest.raises(RankLost, match="did not come up"):
-        Ranks(settings)
+    with pytest.raises(RankLost, match=reason):
+        Ranks(settings, **({} if program is None else {"program": program}))
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("polymux-rank")]
 
 
