@@ -149,13 +149,14 @@ def pids(engine: Engine) -> tuple[int, ...]:
     return engine._ranks.pids
 
 
-@pytest.mark.parametrize(("rank", "strike", "within_s"), [(1, signal.SIGSTOP, 3.5), (3, signal.SIGKILL, 1.5)])
+@pytest.mark.parametrize(("rank", "strike", "timeout_s", "within_s"), [(1, signal.SIGSTOP, 1.5, 6.0), (3, signal.SIGKILL, 20.0, 5.0)])
 def test_a_rank_lost_between_steps_that_run_ahead_is_a_typed_error_and_leaves_nothing(
-    strike: signal.Signals, within_s: float, rank: int, store: RankStore
+    strike: signal.Signals, timeout_s: float, within_s: float, rank: int, store: RankStore
 ) -> None:
+    """A death is seen long before the deadline, which only one that hangs needs."""
     stand_in.turn(peer_hangs=1)  # as over NVLink
     threads, comms = threading.active_count(), stand_in.count("comms")
-    with instance(store, 4, timeout_s=1.5) as engine:
+    with instance(store, 4, timeout_s=timeout_s) as engine:
         batch = Batch(engine, engine.specs[NAMES[0]], [replace(KINDS["greedy"])] * 2, runs_ahead=True)
         batch.step()
         batch.step()
