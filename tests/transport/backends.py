@@ -15,12 +15,17 @@ from gpu.edges import SOCKETS
 HOST_BACKENDS, GPU_BACKENDS = ["local", "shm", "tcp"], ["gpu+local", "cuda_ipc", "nccl"]
 # Between instances: so many ranks at the source, and at the sink. Four hold each head twice.
 BETWEEN_RANKS = ["shm@2:4", "tcp@4:1", "gpu+local@4:2", "cuda_ipc@2:1", "cuda_ipc@2:4", "nccl@1:2", "nccl@4:2"]
+# With a peer that must confirm the quiet, and late messages.
+WRAPPED = [f"fault+{name}" for name in ("shm", "tcp", "cuda_ipc", "nccl", "cuda_ipc@1:2", "nccl@2:2")]
+ALL_BACKENDS = [*HOST_BACKENDS, *GPU_BACKENDS, *BETWEEN_RANKS, *WRAPPED]
 
 
 def config_of(request: pytest.FixtureRequest, name: str) -> dict[str, Any]:
     """Either side's configuration for one backend."""
-    name, _, ranks = name.partition("@")
+    wrapped, (name, _, ranks) = name.startswith("fault+"), name.removeprefix("fault+").partition("@")
     config: dict[str, Any] = {"settings": {"backend": name.removeprefix("gpu+")}}
+    if wrapped:
+        config |= {"faults": [{"step": "source.send.move", "action": "delay", "nth": 1, "delay_s": 0.01}], "peer_writes": True}
     if ranks:
         config["ranks"] = tuple(map(int, ranks.split(":")))
     if name in GPU_BACKENDS:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import stand_in
-from backends import BETWEEN_RANKS, GPU_BACKENDS, HOST_BACKENDS, config_of, eventually
+from backends import ALL_BACKENDS, config_of, eventually
 from nursery import nursery
 from processes import Child
 
@@ -85,17 +85,10 @@ def at_rest() -> Iterator[Any]:
     stand_in.turn(**stand_in.RESTED)
 
 
-WRAPPED = [f"fault+{name}" for name in ("shm", "tcp", "cuda_ipc", "nccl", "cuda_ipc@1:2", "nccl@2:2")]
-
-
-@pytest.fixture(params=[*HOST_BACKENDS, *GPU_BACKENDS, *BETWEEN_RANKS, *WRAPPED])
+@pytest.fixture(params=ALL_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Configuration of either side for one backend; wrapped, with a peer that must confirm the quiet, and late messages."""
-    name: str = request.param
-    config = config_of(request, name.removeprefix("fault+"))
-    if name.startswith("fault+"):
-        config |= {"faults": [{"step": "source.send.move", "action": "delay", "nth": 1, "delay_s": 0.01}], "peer_writes": True}
-    return config
+    """Configuration of either side for one backend."""
+    return config_of(request, request.param)
 
 
 @pytest.fixture

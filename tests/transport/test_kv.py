@@ -56,11 +56,11 @@ def test_several_transfers_of_two_layouts_interleave(joined: Any) -> None:
 def test_many_transfers_one_after_the_other_leave_nothing(joined: Any) -> None:
     with joined() as (prefiller, decoder):
         edge = decoder.sink.connect(prefiller.peer, 5)
-        for _ in range(12):
+        for _ in range(14):
             decoder.until_over(decoder.order(edge, 8), decoder.order(edge, 3, layout="large"))
         assert {t.outcome for t in decoder.transfers.values()} == {"committed"}
         (stats,) = decoder.sink.snapshot()
-        assert (stats.committed, stats.num_outstanding, stats.bytes_outstanding) == (24, 0, 0)
+        assert (stats.committed, stats.num_outstanding, stats.bytes_outstanding) == (28, 0, 0)
         assert stats.bytes == sum(len(t.blocks) * sharded(t.layout, 1).block_bytes for t in decoder.transfers.values())
         assert stats.seconds > 0 and stats.moves > 0 and stats.failed == ()
 

@@ -7,9 +7,11 @@ import logging
 import resource
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from backends import ALL_BACKENDS, config_of
 
 from polymux.transport.errors import (
     AuthenticationFailed,
@@ -145,9 +147,12 @@ def test_an_engine_callback_that_crashes_does_not_unsettle_the_books(joined: Any
         assert decoder.until_over(decoder.order(edge, 3), decoder.order(edge, 3)) == ["committed"] * 2
 
 
-def test_an_idle_edge_uses_no_cpu(joined: Any) -> None:
-    with joined() as (prefiller, decoder):
-        decoder.until_over(decoder.order(decoder.sink.connect(prefiller.peer, 5), 3))
+def test_idle_edges_of_all_backends_together_use_no_cpu(pair: Any, request: pytest.FixtureRequest) -> None:
+    with ExitStack() as stack:
+        for name in ALL_BACKENDS:
+            config = config_of(request, name)
+            prefiller, decoder = stack.enter_context(pair(config, config))
+            assert decoder.until_over(decoder.order(decoder.sink.connect(prefiller.peer, 5), 3)) == ["committed"]
         time.sleep(0.3)
         before = resource.getrusage(resource.RUSAGE_SELF)
         time.sleep(0.5)
