@@ -2,7 +2,8 @@
 
 The nursery is a process of its own, started when it is first asked. It has one thread and has loaded neither CUDA nor NCCL nor their
 stand-in, so that a fork of it is as good as a process that was started; what a library reads of its environment as it is loaded with
-torch (OMP_NUM_THREADS) is the nursery's. It kills its children when its socket ends, in whatever way whoever asked for them has ended.
+torch (OMP_NUM_THREADS) is the nursery's. Where an import has left threads, which no fork has, each child starts Python anew. It kills
+its children when its socket ends, in whatever way whoever asked for them has ended.
 
 A request is one packet of JSON. `{"run": [module, *arguments], "env": ...}`, with standard input, output and error as descriptors, is
 answered by a process id; `{"wait": id}` by a return code as of `subprocess`, or null while it runs. A process that nobody has asked for
@@ -83,13 +84,14 @@ class Forked:
 class Nursery:
     """The end of it that asks; from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, starts_anew: bool = False) -> None:
+        """`starts_anew`: as if it had more threads than one."""
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = os.pathsep.join([str(NAMESPACE), str(SCRIPT.parent)])
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with theirs:
-            words = [sys.executable, str(SCRIPT), str(theirs.fileno())]
+            words = [sys.executable, str(SCRIPT), str(theirs.fileno()), *(["anew"] if starts_anew else [])]
             self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=env, pass_fds=[theirs.fileno()])
         self._socket.settimeout(START_S)
         assert self._socket.recv(PACKET_BYTES) == b"ready", "the nursery has not started"
@@ -134,7 +136,7 @@ def ending_all(children: set[int]) -> Iterator[None]:
             os.waitpid(pid, 0)
 
 
-def serve(requests: socket.socket) -> None:
+def serve(requests: socket.socket, *, starts_anew: bool) -> None:
     children: set[int] = set()
     with ending_all(children):
         while True:
@@ -150,14 +152,14 @@ def serve(requests: socket.socket) -> None:
             pid = os.fork()
             if not pid:
                 requests.close()
-                become(request["run"], request["env"], fds)
+                become(request["run"], request["env"], fds, starts_anew=starts_anew)
             children.add(pid)
             for fd in fds:
                 os.close(fd)
             requests.send(json.dumps(pid).encode())
 
 
-def become(words: list[str], env: dict[str, str], fds: list[int]) -> None:
+def become(words: list[str], env: dict[str, str], fds: list[int], *, starts_anew: bool) -> None:
     """Run a module's `main` in this fork, and end."""
     code = 1
     try:
@@ -165,6 +167,9 @@ def become(words: list[str], env: dict[str, str], fds: list[int]) -> None:
             os.dup2(fd, at)
             os.close(fd)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if starts_anew:
+            code_of = f"import sys, {words[0]}; sys.argv = {words!r}; {words[0]}.main()"
+            os.execve(sys.executable, [sys.executable, "-c", code_of], env | {"PYTHONPATH": os.environ["PYTHONPATH"]})
         os.environ.clear()
         os.environ.update(env)
         sys.argv, sys.stdin = words, open(0, closefd=False)  # noqa: SIM115 - it ends with the process
@@ -181,12 +186,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its socket
     for name in (*ALSO, *MODULES):
         importlib.import_module(name)
-    threads = list(Path("/proc/self/task").iterdir())
-    assert len(threads) == 1, f"{len(threads)} threads: a fork has one"
+    num_threads = len(list(Path("/proc/self/task").iterdir()))
     gc.freeze()  # so that no collection writes to the pages that forks share
     requests = socket.socket(fileno=int(sys.argv[1]))
     requests.send(b"ready")
-    serve(requests)
+    serve(requests, starts_anew=num_threads > 1 or "anew" in sys.argv)
 
 
 if __name__ == "__main__":

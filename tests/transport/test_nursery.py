@@ -25,9 +25,9 @@ def main() -> None:
         raise RuntimeError("as it was asked to")
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    made = Nursery()
+@pytest.fixture(scope="module", params=[False, True], ids=["forks", "starts anew"])
+def nursery(request: pytest.FixtureRequest) -> Iterator[Nursery]:
+    made = Nursery(starts_anew=request.param)
     yield made
     made.close()
 
