@@ -75,6 +75,7 @@ class Turns:
             now_s=self._engine.clock(),
             active=self._engine.residency.active,
             batches=tuple(self._batch(model, one) for model, one in work.items()),
+            load_drag=self._engine.device.load_drag,
             can_prefetch=self._can_prefetch(work),
         )
         self._turn, self._memory = self._policy.next_turn(view, self._memory)

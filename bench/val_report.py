@@ -136,10 +136,12 @@ def report(setup: Setup, found: Sequence[Compared]) -> str:
             "Beside the learned costs the simulator is given what the run itself has shown, of workers that noted when each step ended, "
             "and nothing that is fitted to the figures above: the door (from an arrival to its worker's socket, and from the engine to the "
             "client), the time around each step, a switch to weights that are there, how much longer all steps took than the saved costs "
-            "say (a fit follows what is usual and recent), and the pace of the machine second by second (what else ran on it).",
+            "say (a fit follows what is usual and recent), how much more those did that weights were loaded beside (the load drag), and "
+            "the pace of the machine second by second (what else ran on it).",
             "",
-            "| policy | door, ms | around a step | each sequence | warm switch | prefill, decode stretch | pace | TTFT, TPOT SLO |",
-            "|---|---|---|---|---|---|---|---|",
+            "| policy | door, ms | around a step | each sequence | warm switch "
+            "| prefill, decode stretch | load drag | pace | TTFT, TPOT SLO |",
+            "|---|---|---|---|---|---|---|---|---|",
             *(_given(one) for one in found),
             "",
             "What the workers' time went to in the real runs:",
@@ -175,6 +177,7 @@ def _given(one: Compared) -> str:
         one.policy,
         *(f"{us / 1e3:.3f}" for us in (o.door_us, o.step_us, o.seq_us, o.switch_us)),
         f"{o.prefill_stretch:.2f}, {o.decode_stretch:.2f}",
+        f"{o.load_drag:.2f}",
         f"{min(o.pace, default=1.0):.2f} to {max(o.pace, default=1.0):.2f}",
         f"{1e3 * slo.ttft_s:.0f}, {1e3 * slo.tpot_s:.1f}",
     ]

@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mux_cluster import Cluster
@@ -14,12 +15,14 @@ from mux_driver import Driver, Served
 from mux_traces import Ask
 from val_worker import Records, Step
 
+from polymux.actors.device import CpuDevice
 from polymux.disagg.cost import Fit
 from polymux.disagg.sim.costs import SECOND
 from polymux.disagg.sim.overheads import Overheads
 from polymux.disagg.slo import SLO
 
 Counters = Mapping[str, float]
+MIN_BESIDE = 20  # decode steps beside loads, from which on their drag is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +72,15 @@ def measure(found: Run, fits: Mapping[str, Fit], digests: Mapping[str, str], rep
     """`digests` are of the models' weights, as the fits are keyed."""
     door_s, reply_s = _door_s(found)
     step_s, seq_s = _around_s(found.records)
-    predicted = [
-        (step, fits[f"{step.phase}/{digests[step.model]}"].predict(step.features)) for records in found.records for step in records.steps
-    ]
+    predicted = [one for records in found.records for one in _predicted(records, fits, digests)]
     overheads = Overheads(
         door_us=round((door_s + reply_s) * SECOND),
         step_us=round(step_s * SECOND),
         seq_us=seq_s * SECOND,
-        switch_us=round(_warm_switch_s([step for step, _ in predicted]) * SECOND),
+        switch_us=round(_warm_switch_s([step for records in found.records for step in records.steps]) * SECOND),
         prefill_stretch=_stretch(predicted, "prefill"),
         decode_stretch=_stretch(predicted, "decode"),
+        load_drag=_drag(predicted),
         report_us=round(report_interval_s * SECOND),
     )
     prefetch_s = found.counters.get("model_switch_seconds_sum{phase=prefetch}", 0.0)
@@ -90,21 +92,53 @@ def measure(found: Run, fits: Mapping[str, Fit], digests: Mapping[str, str], rep
     )
 
 
-def _stretch(predicted: Sequence[tuple[Step, float]], phase: str) -> float:
-    """Seconds that all steps of a phase took, over those that the saved costs say: a fit follows what is usual and lately, not the mean."""
-    took_s = sum(step.seconds for step, _ in predicted if step.phase == phase)
-    return took_s / sum(seconds for step, seconds in predicted if step.phase == phase) if took_s else 1.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """A step, what the saved costs say of it, and how much of it weights were loaded beside."""
+
+    step: Step
+    usual_s: float
+    share_beside: float
 
 
-def _pace(found: Run, predicted: Sequence[tuple[Step, float]], overheads: Overheads) -> tuple[float, ...]:
+def _predicted(records: Records, fits: Mapping[str, Fit], digests: Mapping[str, str]) -> Iterator[Predicted]:
+    """All steps but those that waited for their own weights."""
+    loads = deque(sorted(records.loads, key=lambda load: load.began_s))
+    for step in records.steps:
+        while loads and loads[0].ended_s <= step.ended_s - step.seconds:
+            loads.popleft()
+        beside = [load for load in loads if step.share_beside(load)]
+        if all(load.model != step.model for load in beside):
+            usual_s = fits[f"{step.phase}/{digests[step.model]}"].predict(step.features)
+            yield Predicted(step=step, usual_s=usual_s, share_beside=min(1.0, sum(step.share_beside(load) for load in beside)))
+
+
+def _ratio(steps: Sequence[Predicted]) -> float | None:
+    """Seconds that these steps took, over those that the saved costs say."""
+    return sum(one.step.seconds for one in steps) / sum(one.usual_s for one in steps) if steps else None
+
+
+def _stretch(predicted: Sequence[Predicted], phase: str) -> float:
+    """Of the steps of a phase beside which nothing was loaded: a fit follows what is usual and lately, not the mean."""
+    return _ratio([one for one in predicted if one.step.phase == phase and not one.share_beside]) or 1.0
+
+
+def _drag(predicted: Sequence[Predicted]) -> float:
+    """By how much more decode steps took that weights were loaded beside from end to end; what workers take it for where these are few."""
+    beside = [one for one in predicted if one.step.phase == "decode" and one.share_beside > 0.99]
+    return max(0.0, (_ratio(beside) or 1.0) / _stretch(predicted, "decode") - 1.0) if len(beside) >= MIN_BESIDE else CpuDevice.load_drag
+
+
+def _pace(found: Run, predicted: Sequence[Predicted], overheads: Overheads) -> tuple[float, ...]:
     """By how much the steps of each window took longer than on average: what else ran on the machine. A window without any is as before."""
     took: dict[int, float] = {}
     usual: dict[int, float] = {}
     stretches = {"prefill": overheads.prefill_stretch, "decode": overheads.decode_stretch}
-    for step, seconds in predicted:
-        window = int((step.ended_s - found.began_s) * SECOND) // overheads.window_us
-        took[window] = took.get(window, 0.0) + step.seconds
-        usual[window] = usual.get(window, 0.0) + seconds * stretches[step.phase]
+    for one in predicted:
+        window = int((one.step.ended_s - found.began_s) * SECOND) // overheads.window_us
+        dragged = 1.0 / (1.0 - one.share_beside * overheads.load_drag / (1.0 + overheads.load_drag))
+        took[window] = took.get(window, 0.0) + one.step.seconds
+        usual[window] = usual.get(window, 0.0) + one.usual_s * stretches[one.step.phase] * dragged
     paces = [1.0]
     for window in range(max(took, default=-1) + 1):
         paces.append(took[window] / usual[window] if usual.get(window) else paces[-1])

@@ -25,12 +25,26 @@ class Step:
     switched_s: float  # in switches since the step before
     idle_s: float  # waiting for work since then
 
+    def share_beside(self, load: Prefetched) -> float:
+        """How much of it the load took place beside."""
+        return max(0.0, min(load.ended_s, self.ended_s) - max(load.began_s, self.ended_s - self.seconds)) / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetched:
+    """Weights that came in beside other models' steps; a step of their own waits for its layers."""
+
+    model: str
+    began_s: float
+    ended_s: float
+
 
 @dataclass(slots=True)
 class Records:
     steps: list[Step] = field(default_factory=list)
     received_s: dict[str, float] = field(default_factory=dict)  # when a sequence's command came, by its id
     first_s: dict[str, float] = field(default_factory=dict)  # when its first token left the engine
+    loads: list[Prefetched] = field(default_factory=list)
 
 
 class RecordedWorker(Worker):
@@ -50,6 +64,7 @@ class RecordedWorker(Worker):
         _after(meter, "decoded", lambda model, *sizes: self._step_ended("decode", model, sizes[:2], sizes[2]))
         _after(meter, "switched", self._switch_ended)
         _after(outbox, "add", self._token_left)
+        _after(self._engine.residency, "on_loaded", self._load_ended)
         super()._make_roles(*arguments)
 
     def _on_command(self, client_id: ClientId, command: Any) -> None:
@@ -66,6 +81,10 @@ class RecordedWorker(Worker):
 
     def _switch_ended(self, switch: Any) -> None:
         self._switched_s += switch.seconds
+
+    def _load_ended(self, loaded: Any) -> None:
+        if loaded.was_prefetched:
+            self._records.loads.append(Prefetched(loaded.model, loaded.began_s, loaded.ended_s))
 
     def _token_left(self, client_id: ClientId, update: Any) -> None:
         self._records.first_s.setdefault(update.sequence_id, time.monotonic())

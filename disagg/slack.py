@@ -11,6 +11,9 @@ that a turn takes, is the batch's urgency (the apparent tardiness cost rule of V
 - A prompt's first token takes the prefill of all its batch's prompts besides, so its slack is less by that and its turn longer.
 - `catch_up_s` is what a late sequence needs until its tokens are on time again. One that is hopelessly late does not drag the others down,
   one that needs a few steps is saved. A request that has been on time so far is worth more: its whole answer is at stake.
+- Loading beside steps that it drags out is no gift: a turn of a model that is not there takes what they lose by it, `load_drag` times its
+  switch. From `MAX_DRAG` on nobody is loaded on the chance that its turn comes, and a load that is over before the tightest TPOT is, is not
+  hidden either: all at once it takes less of the worker's time.
 - `horizon` is in proportion to a round of such turns: slack far beyond a round is worth little now.
 - While a model with work is not resident, a turn lasts `STAY` TPOTs at least. Turns of a step or two would keep loads following each other
   where they take their time from the steps (a CPU), and batches small everywhere: measured by `bench/multiplex.py`.
@@ -32,6 +35,7 @@ from polymux.transport.units import ModelName
 
 PATIENCE = 1.5  # a load may take so many times its prediction before its model is switched to all the same
 STAY = 3.0  # shortest turn while a model with work is not resident, in the tightest TPOTs
+MAX_DRAG = 0.5  # a load that takes more of the steps beside it is begun only for a model whose turn it is
 LOOK = 0.125  # shortest turn, as a share of the tightest TPOT and of the cheapest switch: too short for another look to change anything
 
 
@@ -88,12 +92,14 @@ class Slack:
         warm = [model for model, batch in batches.items() if batch.switch_s <= 0]
         load = memory.load if memory.load is not None and memory.load.model in cold else None
         is_loading = load is not None and view.now_s < load.began_at_s + PATIENCE * load.takes_s
-        if view.can_prefetch and warm and target in cold and not is_overdue:
+        is_cheap = view.load_drag <= MAX_DRAG
+        hides = view.can_prefetch and (is_cheap or batches[target].switch_s > min(batch.tpot_slo_s for batch in view.batches))
+        if hides and warm and target in cold and not is_overdue:
             if load is not None and is_loading:
                 target = load.model  # sooner there than any other
             if is_loading or not (is_spent or (load is not None and load.model == target)):  # else it was waited for long enough
                 return self._waiting(target, warm, batches, urgency, view, memory, load if is_loading else None)
-        rest = [model for model in cold if model != target]
+        rest = [model for model in cold if model != target and is_cheap]
         prefetch = load.model if load is not None and is_loading and load.model in rest else _first(rest, urgency) if rest else None
         turn = Turn(model=target, quota_s=self._quota_s(target, batches), prefetch=prefetch, ends_on_news=True)
         return turn, _remembered(turn, view, batches, memory, load if is_loading else None)
@@ -116,7 +122,7 @@ class Slack:
 
     def _urgencies(self, view: DecodeView) -> dict[ModelName, float]:
         """On-time tokens that each batch loses by waiting, per second of the worker's time."""
-        exposed = 0.0 if view.can_prefetch else 1.0
+        exposed = view.load_drag if view.can_prefetch else 1.0
         look_s = LOOK * min((b.switch_s for b in view.batches if b.switch_s > 0), default=0.0)
         turns_s = {b.model: max(b.step_s, b.switch_s, look_s) + exposed * b.switch_s for b in view.batches}
         horizon_s = self.horizon_rounds * fsum(turns_s[b.model] + b.prefill_s for b in view.batches)

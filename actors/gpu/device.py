@@ -75,6 +75,7 @@ class CudaDevice:
     """The GPU that this process sees first."""
 
     is_async = True
+    load_drag = 0.0  # a copy engine does it, and takes a hundredth of the memory's bandwidth
     keep_images_s = KEEP_IMAGES_S
 
     def __init__(self, runtime: Runtime | None = None, graphs: Graphs | None = None, cuda: CudaRuntime | None = None) -> None:

@@ -65,6 +65,7 @@ class RankDevice:
         self._address = inner.tensor(region).data_ptr()
         self.torch_device: torch.device = inner.torch_device
         self.is_async, self.keep_images_s, self.graphs = inner.is_async, inner.keep_images_s, inner.graphs
+        self.load_drag = inner.load_drag
 
     def enter(self) -> None:
         self._inner.enter()

@@ -44,6 +44,9 @@ class Switcher(Protocol):
     def copied_us(self, copy_us: int, now_us: int) -> int:
         """How long KV takes to come in that takes so long alone."""
 
+    def loading_us(self, now_us: int) -> int:
+        """How long weights will still come in beside the active model's steps, as far as that is known."""
+
     def coming(self) -> Flow | None:
         """The active model's weights while they are on their way over links that are shared; a step waits for its layers."""
 
@@ -91,6 +94,9 @@ class ArtifactSwitcher:
 
     def copied_us(self, copy_us: int, now_us: int) -> int:
         return copy_us
+
+    def loading_us(self, now_us: int) -> int:
+        return 0
 
     def coming(self) -> Flow | None:
         return None
@@ -219,6 +225,9 @@ class PhysicalSwitcher:
             return 0
         self.link.free_at_us = max(self.link.free_at_us, now_us) + copy_us
         return self.link.free_at_us - now_us
+
+    def loading_us(self, now_us: int) -> int:
+        return max(0, self.link.free_at_us - now_us) if self.link.free_at_us != NEVER else 0
 
     def coming(self) -> Flow | None:
         return None

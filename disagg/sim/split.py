@@ -177,7 +177,7 @@ class SplitLevel(TokenLevel):
         step_us = self._costs.prefill_us(
             self._kinds[step.model], [n for _, n in source.stepping], [job.prompt.num_done for job, _ in source.stepping]
         )
-        paced_us = self._paced_us(worker.began_us, step_us, self._overheads.prefill_stretch, len(source.stepping))
+        paced_us = self._paced_us(worker, worker.began_us, step_us, self._overheads.prefill_stretch, len(source.stepping))
         worker.ends_us = [worker.began_us + paced_us]
         if self.traffic is None:
             self._at(worker.ends_us[0], worker)

@@ -54,6 +54,9 @@ class AlwaysThere:
     def copied_us(self, copy_us: int, now_us: int) -> int:
         return copy_us
 
+    def loading_us(self, now_us: int) -> int:
+        return 0
+
     def coming(self) -> Flow | None:
         return None
 

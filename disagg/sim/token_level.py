@@ -175,6 +175,7 @@ class TokenLevel(Simulation[SimWorker]):
             now_s=now_us / SECOND,
             active=worker.weights.active,
             batches=tuple(self._batch(worker, model, work, now_us) for model, work in worker.work.items()),
+            load_drag=self._overheads.load_drag,
             can_prefetch=worker.weights.can_prefetch(worker.turn.prefetch if worker.turn is not None else None, worker.work.keys()),
         )
         self.num_decisions += 1
@@ -215,7 +216,7 @@ class TokenLevel(Simulation[SimWorker]):
         if chunks and self._phase(work, chunks, worker.began_us) is Phase.PREFILL:
             worker.prefilling = chunks
             took_us = self._costs.prefill_us(work.kind, [n for _, n in chunks], [prompt.num_done for prompt, _ in chunks])
-            return [worker.began_us + self._paced_us(worker.began_us, took_us, self._overheads.prefill_stretch, len(chunks))]
+            return [worker.began_us + self._paced_us(worker, worker.began_us, took_us, self._overheads.prefill_stretch, len(chunks))]
         most = 1 if chunks else min(one.num_left for one in work.running[: self._max_num_seqs])
         num_steps = self.room.with_room(worker, work, most)
         worker.decoding = work.running[: self._max_num_seqs] if num_steps else []
@@ -224,19 +225,20 @@ class TokenLevel(Simulation[SimWorker]):
         at_us, ends_us, is_plain = worker.began_us, [], self._overheads is NO_OVERHEADS
         for _ in range(num_steps):
             step_us = decode_us(work.kind, num_seqs, kv_tokens)
-            at_us += step_us if is_plain else self._paced_us(at_us, step_us, self._overheads.decode_stretch, num_seqs)
+            at_us += step_us if is_plain else self._paced_us(worker, at_us, step_us, self._overheads.decode_stretch, num_seqs)
             ends_us.append(at_us)
             kv_tokens += num_seqs
             if (at_us - worker.turn_began_us) / SECOND >= quota_s or (again_us is not None and at_us >= again_us):
                 break
         return ends_us
 
-    def _paced_us(self, at_us: int, step_us: int, stretch: float, num_seqs: int) -> int:
+    def _paced_us(self, worker: SimWorker, at_us: int, step_us: int, stretch: float, num_seqs: int) -> int:
         """A step as it really is: what its cost says, stretched, and what a worker does around it."""
         overheads = self._overheads
         if overheads is NO_OVERHEADS:
             return step_us
-        return max(1, round((step_us * stretch + overheads.around_us(num_seqs)) * overheads.pace_at(at_us)))
+        paced_us = max(1, round((step_us * stretch + overheads.around_us(num_seqs)) * overheads.pace_at(at_us)))
+        return overheads.dragged_us(paced_us, worker.weights.loading_us(at_us)) if overheads.load_drag else paced_us
 
     def _chunks(self, work: Work) -> list[tuple[Prompt, int]]:
         """Of the model's next prefill step: the earliest due first."""

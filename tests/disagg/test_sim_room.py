@@ -148,3 +148,21 @@ def test_a_slower_second_of_the_machine_stretches_what_ran_in_it() -> None:
     _, (early, late) = serve([request(0, 0, 100, 3), request(1, 3 * SECOND, 100, 3)], 4096, measured)
     assert early.tpot_us is not None and late.tpot_us == pytest.approx(2 * early.tpot_us)
     assert late.ttft_us == 2 * model.prefill_us(LLAMA, [100])
+
+
+@pytest.mark.parametrize(("step_us", "loading_us", "took_us"), [(100, 0, 100), (100, 90, 130), (100, 150, 150), (100, 9000, 150)])
+def test_a_step_is_dragged_out_while_weights_are_loaded_beside_it(step_us: int, loading_us: int, took_us: int) -> None:
+    """In 90 us beside a load that takes half as much again, 60 are done, and 40 follow."""
+    assert Overheads(load_drag=0.5).dragged_us(step_us, loading_us) == took_us
+
+
+def test_loads_beside_steps_take_their_time_from_them() -> None:
+    def ends_us(load_drag: float) -> int:
+        """Of the first model's answer, with another's weights coming in beside it."""
+        pool = Pool(num_devices=1, weight_budget_bytes=2 * RESERVE, overheads=Overheads(load_drag=load_drag))
+        model = physical_costs("h100", memory_bytes=2 * RESERVE + 4096 * TOKEN_BYTES)
+        world = simulation("slack", model, TARGETS, pool)
+        one, _ = world.run([request(0, 0, 100, 400), request(1, 2 * SECOND, 100, 400, model="b")])
+        return one.last_us
+
+    assert ends_us(0.0) < ends_us(0.2) < ends_us(0.4)

@@ -32,12 +32,14 @@ def batch(
     )
 
 
-def view(*batches: BatchView, now_s: float = 0.0, can_prefetch: bool = False) -> DecodeView:
-    return DecodeView(now_s=now_s, active=None, batches=batches, can_prefetch=can_prefetch)
+def view(*batches: BatchView, now_s: float = 0.0, can_prefetch: bool = False, load_drag: float = 0.0) -> DecodeView:
+    return DecodeView(now_s=now_s, active=None, batches=batches, can_prefetch=can_prefetch, load_drag=load_drag)
 
 
-def next_turn(*batches: BatchView, memory: SlackMemory | None = None, now_s: float = 0.0, can_prefetch: bool = False) -> Turn:
-    turn, _ = SLACK.next_turn(view(*batches, now_s=now_s, can_prefetch=can_prefetch), memory or SLACK.start())
+def next_turn(
+    *batches: BatchView, memory: SlackMemory | None = None, now_s: float = 0.0, can_prefetch: bool = False, load_drag: float = 0.0
+) -> Turn:
+    turn, _ = SLACK.next_turn(view(*batches, now_s=now_s, can_prefetch=can_prefetch, load_drag=load_drag), memory or SLACK.start())
     assert turn is not None
     return turn
 
@@ -165,6 +167,28 @@ def test_a_load_that_does_not_come_is_not_waited_for_any_longer() -> None:
 def test_the_most_urgent_model_that_is_not_resident_is_loaded_meanwhile() -> None:
     turn = next_turn(batch("a", 0.1), batch("b", 9.0, switch_s=1.0), batch("c", 4.0, switch_s=1.0), can_prefetch=True)
     assert (turn.model, turn.prefetch) == (A, C)
+
+
+def test_where_loads_take_their_time_from_the_steps_nobody_is_loaded_on_the_chance_that_its_turn_comes() -> None:
+    batches = batch("a", 0.1), batch("b", 9.0, switch_s=1.0), batch("c", 4.0, switch_s=1.0)
+    assert next_turn(*batches, can_prefetch=True, load_drag=0.4).prefetch == C
+    assert next_turn(*batches, can_prefetch=True, load_drag=1.0).prefetch is None
+
+
+def test_there_a_load_is_hidden_only_if_tokens_would_be_late_for_it() -> None:
+    def turn(switch_s: float, load_drag: float) -> Turn:
+        """Of two models of which one has far more credit than the other's load takes."""
+        found = next_turn(batch("a", 90.0), batch("b", 0.3, switch_s=switch_s), can_prefetch=True, load_drag=load_drag)
+        return replace(found, quota_s=None)
+
+    beside, outright = Turn(model=A, quota_s=None, prefetch=B, ends_on_news=True), Turn(model=B, quota_s=None, ends_on_news=True)
+    assert [turn(0.05, 0.0), turn(0.05, 1.0), turn(0.25, 1.0)] == [beside, outright, beside]
+
+
+def test_what_a_load_takes_from_the_steps_counts_for_the_resident_model() -> None:
+    batches = batch("a", 0.15), batch("b", 0.1, 0.1, switch_s=0.05)
+    found = [next_turn(*batches, can_prefetch=True, load_drag=drag) for drag in (0.0, 3.0)]
+    assert [turn.prefetch for turn in found] == [B, None] and found[1].model == A
 
 
 # ---------------------------------------------------------------- what always holds
