@@ -145,6 +145,14 @@ async def wait_idle(url: str, deadline_s: float = 10.0) -> dict[str, Any]:
             await asyncio.sleep(0.2)
 
 
+async def wait_counted(url: str, name: str, at_least: float, deadline_s: float = 10.0) -> dict[str, float]:
+    """All counters once this one is so far: they come with the workers' reports, later than what they count."""
+    async with asyncio.timeout(deadline_s):
+        while (counters := (await wait_idle(url))["stats"]["counters"]).get(name, 0.0) < at_least:
+            await asyncio.sleep(0.2)
+        return dict(counters)
+
+
 @contextmanager
 def uvicorn_server(app: Any) -> Iterator[str]:
     """Serve an ASGI app on a free loopback port in a thread of its own; yields the base URL."""

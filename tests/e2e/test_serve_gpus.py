@@ -86,8 +86,7 @@ def test_serve_computes_on_the_gpus_and_outlives_one_of_its_ranks(folder: Path, 
 def assert_right(server: Server) -> None:
     """Transformers' tokens, and all KV given back."""
     assert harness.wrong_answers(asyncio.run(harness.mixed_load(server.url, 16, MAX_TOKENS)), MAX_TOKENS) == []
-    counters = asyncio.run(harness.wait_idle(server.url))["stats"]["counters"]
-    assert counters["kv_transfers_committed"] >= 16 and counters["kv_transfers_failed"] == 0
+    assert asyncio.run(harness.wait_counted(server.url, "kv_transfers_committed", 16))["kv_transfers_failed"] == 0
 
 
 def wait_restarted(url: str, epoch: int, deadline_s: float = 60.0) -> dict[str, Any]:
