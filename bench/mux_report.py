@@ -102,7 +102,7 @@ def table(setup: Setup, results: Sequence[Result]) -> str:
         "",
         f"Over all traces (geometric mean): slack / request level {_ratio(line['slack_vs_request_level'])}, slack / wrr "
         f"{_ratio(line['slack_vs_wrr'])}. A rate is a mean over the seeds, with the least and the most in parentheses; 0 says that no rate "
-        "tried had 90% on time.",
+        "tried had 90% on time, and one that every try attained is the highest of them.",
         "",
         *(f"- `{kind.name}`: {kind.text}" for kind in dict.fromkeys(result.kind for result in results)),
         "",
