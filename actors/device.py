@@ -50,7 +50,7 @@ class Device(Protocol):
 
     torch_device: torch.device
     is_async: bool  # results of a step are there later than its launch
-    load_drag: float  # seconds that steps lose for each in which weights are loaded beside them
+    load_drag: float  # by how much more a step takes while weights are loaded beside it
     keep_images_s: float  # how long a weight image stays mapped after it was loaded
     graphs: Graphs | None  # what runs its decode steps, where steps are planned; None: they are called as they come
 
@@ -126,7 +126,7 @@ class CpuDevice:
 
     torch_device = torch.device("cpu")
     is_async = False
-    load_drag = 1.0  # a copy takes a core, and the steps have them all; 1.05 was measured
+    load_drag = 1.0  # a copy takes a core, and the steps have them all; bench/validate.py measures about this
     keep_images_s = KEEP_S
     graphs: Graphs | None = None
 

@@ -11,8 +11,8 @@ that a turn takes, is the batch's urgency (the apparent tardiness cost rule of V
 - A prompt's first token takes the prefill of all its batch's prompts besides, so its slack is less by that and its turn longer.
 - `catch_up_s` is what a late sequence needs until its tokens are on time again. One that is hopelessly late does not drag the others down,
   one that needs a few steps is saved. A request that has been on time so far is worth more: its whole answer is at stake.
-- Loading beside steps that it drags out is no gift: a turn of a model that is not there takes what they lose by it, `load_drag` times its
-  switch. From `MAX_DRAG` on nobody is loaded on the chance that its turn comes, and a load that is over before the tightest TPOT is, is not
+- Loading beside steps that it drags out is no gift: a turn of a model that is not there is charged `load_drag` times its switch for it.
+  From `MAX_DRAG` on nobody is loaded on the chance that its turn comes, and a load that is over before the tightest TPOT is, is not
   hidden either: all at once it takes less of the worker's time.
 - `horizon` is in proportion to a round of such turns: slack far beyond a round is worth little now.
 - While a model with work is not resident, a turn lasts `STAY` TPOTs at least. Turns of a step or two would keep loads following each other

@@ -47,7 +47,7 @@ class DecodeView:
     now_s: float
     active: ModelName | None  # the model bound to the skeleton
     batches: tuple[BatchView, ...]
-    load_drag: float = 0.0  # seconds that steps lose for each in which weights are loaded beside them
+    load_drag: float = 0.0  # by how much more a step takes while weights are loaded beside it
     can_prefetch: bool = True  # there is room for weights beside the active model's, so they can be loaded while it computes
 
 

@@ -45,7 +45,7 @@ class Switcher(Protocol):
         """How long KV takes to come in that takes so long alone."""
 
     def loading_us(self, now_us: int) -> int:
-        """How long weights will still come in beside the active model's steps, as far as that is known."""
+        """How long bytes will still come in beside the active model's steps, as far as that is known."""
 
     def coming(self) -> Flow | None:
         """The active model's weights while they are on their way over links that are shared; a step waits for its layers."""
